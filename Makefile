@@ -1,0 +1,54 @@
+# `make quickstart` and `make test` both start from nothing: they build .venv, then do their work.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+EXTRAS ?= test
+FIND_PYTHON := for p in $(PYTHON) python3.14 python3.13 python3.12 python3 python; do \
+  if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo "$$p"; break; fi; done
+
+.PHONY: venv quickstart test lint format coverage test-slow test-gpu test-multi-device schema clean
+
+venv: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then \
+	  echo "error: kimi_jax needs Python 3.12 or newer and found none (tried \$$PYTHON, python3.14 ... python3);" \
+	       "install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; fi; \
+	echo "building $(VENV) with $$($$python --version)"; \
+	"$$python" -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
+
+quickstart: $(STAMP)
+	$(PY) scripts/quickstart.py
+
+test: $(STAMP)
+	$(PY) -m pytest -m "not gpu and not multi_device and not slow"
+
+test-multi-device: $(STAMP)
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu $(PY) -m pytest -m multi_device
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -m slow
+
+test-gpu: $(STAMP)
+	$(PY) -m pytest -m gpu
+
+coverage: $(STAMP)
+	$(PY) -m pytest -m "not gpu and not multi_device and not slow" --cov --cov-report=term-missing:skip-covered
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+schema: $(STAMP)
+	$(PY) scripts/train.py --json-schema > experiments/schema.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,1 @@
+"""The schema of an experiment: frozen pydantic models, and the YAML loader that fills them."""

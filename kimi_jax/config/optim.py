@@ -1,0 +1,83 @@
+"""Optimizers and learning-rate schedules as data."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kimi_jax.config.base import Config
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Steps = Annotated[int, Field(ge=0)]
+
+
+class WarmupStableDecay(Config):
+    """Linear warmup to the peak, constant, then linear decay over the last `decay_steps` to `final_fraction` of the peak."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup_steps: Steps = 0
+    decay_steps: Steps = 0
+    final_fraction: Fraction = 0.0
+
+
+class WarmupCosine(Config):
+    """Linear warmup to the peak, then cosine decay over the rest to `final_fraction` of the peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: Steps = 0
+    final_fraction: Fraction = 0.1
+
+
+class Constant(Config):
+    """Linear warmup to the peak, then constant."""
+
+    kind: Literal["constant"] = "constant"
+    warmup_steps: Steps = 0
+
+
+Schedule = Annotated[WarmupStableDecay | WarmupCosine | Constant, Field(discriminator="kind")]
+
+
+class Optim(Config):
+    """What the optimizers share."""
+
+    peak_lr: Annotated[float, Field(gt=0)]
+    schedule: Schedule = WarmupStableDecay()
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled, scaled by the learning rate; not applied to norms, gate parameters (a_log, dt_bias) and convolutions."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; none: unclipped."""
+    b1: Fraction = 0.9
+    b2: Fraction = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+
+
+class AdamW(Optim):
+    """AdamW on every parameter."""
+
+    kind: Literal["adamw"] = "adamw"
+
+
+class Muon(Optim):
+    """Muon in Moonlight's form on matrices, AdamW (b1, b2, eps) on the rest, one learning rate for both (arXiv 2502.16982)."""
+
+    kind: Literal["muon"] = "muon"
+    momentum: Fraction = 0.95
+    newton_schulz_steps: Annotated[int, Field(ge=1, le=10)] = 5
+    update_rms: Annotated[float, Field(gt=0)] = 0.2
+    """RMS that each update is scaled to: 0.2 sqrt(max(rows, columns)) times the orthogonal factor."""
+
+
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
+
+
+def schedule_problems(schedule: Schedule, steps: int) -> Iterator[tuple[str, str]]:
+    """Yields (field, problem) for a schedule that does not fit into `steps`."""
+    decay = getattr(schedule, "decay_steps", 0)
+    if schedule.warmup_steps + decay > steps:
+        parts = (
+            f"warmup_steps={schedule.warmup_steps} + decay_steps={decay}"
+            if decay
+            else f"{schedule.warmup_steps}"
+        )
+        yield "optim.schedule.warmup_steps", f"{parts} is more than train.steps={steps}"

@@ -1,0 +1,119 @@
+"""A whole training run as data."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kimi_jax.config.base import Config
+from kimi_jax.config.data import DataConfig
+from kimi_jax.config.mixer import PositiveInt
+from kimi_jax.config.model import ModelConfig
+from kimi_jax.config.optim import Optimizer, schedule_problems
+
+
+class NoRemat(Config):
+    """Keep every activation."""
+
+    kind: Literal["none"] = "none"
+
+
+class BlockRemat(Config):
+    """Keep the input of each block and recompute the rest in the backward pass."""
+
+    kind: Literal["block"] = "block"
+
+
+class DotsRemat(Config):
+    """Keep the results of matrix products with weights, recompute what lies between them."""
+
+    kind: Literal["dots"] = "dots"
+
+
+Remat = Annotated[NoRemat | BlockRemat | DotsRemat, Field(discriminator="kind")]
+
+
+class StopOnNonFinite(Config):
+    """A loss or gradient that is not finite ends the run and names the step, the value and the last good checkpoint."""
+
+    kind: Literal["stop"] = "stop"
+
+
+class SkipNonFinite(Config):
+    """A step whose loss or gradient is not finite changes nothing; too many in a row end the run."""
+
+    kind: Literal["skip"] = "skip"
+    max_consecutive: PositiveInt = 10
+
+
+NonFinite = Annotated[StopOnNonFinite | SkipNonFinite, Field(discriminator="kind")]
+
+
+class Validation(Config):
+    """When and on how much validation data the loss is measured."""
+
+    every: PositiveInt = 100
+    """Steps between validations; the last step always has one."""
+    batches: PositiveInt = 8
+    """Batches per validation, the same ones each time."""
+
+
+class Checkpoints(Config):
+    """When checkpoints are written and which stay."""
+
+    every: PositiveInt = 500
+    """Steps between checkpoints; the last step always has one."""
+    keep: PositiveInt = 2
+    """The newest so many stay."""
+
+
+class Train(Config):
+    """The loop."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    """Sequences per optimizer step, over all devices and microbatches."""
+    grad_accum: PositiveInt = 1
+    """Microbatches per step, summed in float32 in one compiled scan."""
+    seed: int = 0
+    """Seed of the parameters."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared log-sum-exp of the logits."""
+    loss_chunk: PositiveInt = 1024
+    """Tokens whose logits exist at one time."""
+    remat: Remat = NoRemat()
+    non_finite: NonFinite = StopOnNonFinite()
+    log_every: PositiveInt = 10
+    validation: Validation = Validation()
+    checkpoints: Checkpoints = Checkpoints()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.batch_size % self.grad_accum:
+            yield "grad_accum", f"{self.grad_accum} does not divide batch_size={self.batch_size}"
+
+
+class Wandb(Config):
+    """Weights & Biases (extra `log`)."""
+
+    project: str
+    mode: Literal["online", "offline"] = "offline"
+
+
+class Logging(Config):
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    tensorboard: bool = False
+    wandb: Wandb | None = None
+
+
+class RunConfig(Config):
+    """One training run: what a YAML file under experiments/ describes."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: Optimizer
+    train: Train
+    logging: Logging = Logging()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from schedule_problems(self.optim.schedule, self.train.steps)

@@ -1,0 +1,30 @@
+"""What a user's mistake looks like: one clear line each, exit code 2, no traceback."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+
+
+class UserError(ValueError):
+    """A mistake in the user's config, data, checkpoint, weights or environment.
+
+    Args:
+      problems: one line each; every line names the thing, the value and the rule.
+    """
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Wraps a script's main: prints each problem of a `UserError` to standard error and exits with code 2."""
+    try:
+        yield
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

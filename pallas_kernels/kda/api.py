@@ -1,0 +1,127 @@
+"""Public entry of Kimi Delta Attention: signatures, argument checks and the table of implementations."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.kda import reference
+from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
+
+__all__ = ["IMPLEMENTATIONS", "Gate", "LowerBoundGate", "SoftplusGate", "chunk_kda", "step_kda"]
+
+IMPLEMENTATIONS = {"reference": Implementation(reference.chunk_kda)}  # fastest first
+
+
+def chunk_kda(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    g: Float[Array, "B T HV K"],
+    beta: Float[Array, "B T HV"],
+    *,
+    gate: Gate = None,
+    scale: float | None = None,
+    initial_state: Float[Array, "B HV V K"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    normalize_qk: bool = False,
+    implementation: str = "auto",
+    tile: int | None = None,
+) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
+    """Runs the gated delta rule over a whole sequence.
+
+    Per value head: S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T and o_t = scale S_t^T q_t.
+
+    Args:
+      q, k: queries and keys, bfloat16, float16 or float32.
+      v: values, same dtype; HV is a multiple of H, and value head h reads query head h // (HV // H).
+      g: log-decay in nats, float32, <= 0; with a `gate`, the raw logit in any of the dtypes above.
+      beta: step size per token and head, in (0, 1), or (0, 2) for negative eigenvalues.
+      gate: fused and differentiated through; None: g is the log-decay itself.
+      scale: factor on the queries (after the norm); None: K**-0.5.
+      initial_state: float32, V first; enters the first segment; None: zero.
+      segment_ids: int32; 0 is padding, which leaves the state alone, gives zero output and zero gradient, and may
+        hold anything. A token whose id differs from the last non-padding token before it starts from a zero state.
+      normalize_qk: divide q and k by sqrt(sum of squares + 1e-6) first, in float32.
+      implementation: "auto", "reference", "chunked" or "mosaic_gpu".
+      tile: tokens per chunk; None: the measured default of the implementation.
+
+    Returns:
+      (o in the dtype of v, state after the last non-padding token, float32). Differentiable in every array and in the
+      gate's a_log and dt_bias.
+
+    Raises:
+      ValueError: an argument has the wrong shape.
+      NotImplementedError: the implementation refuses these arguments; the message says why.
+
+    Source: Kimi Linear, arXiv:2510.26692, equation 1.
+    """
+    _check(q, k, v, g, beta, gate, initial_state, segment_ids)
+    return call(
+        "chunk_kda",
+        IMPLEMENTATIONS,
+        implementation,
+        *(q, k, v, g, beta),
+        gate=gate,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        normalize_qk=normalize_qk,
+        tile=tile,
+    )
+
+
+def step_kda(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B HV V"],
+    g: Float[Array, "B HV K"],
+    beta: Float[Array, "B HV"],
+    state: Float[Array, "B HV V K"],
+    *,
+    gate: Gate = None,
+    scale: float | None = None,
+    normalize_qk: bool = False,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV V K"]]:
+    """Runs one token of `chunk_kda`: the decode step. No gradient is defined for fast implementations."""
+    o, state = chunk_kda(
+        *(x[:, None] for x in (q, k, v, g, beta)),
+        gate=gate,
+        scale=scale,
+        initial_state=state,
+        normalize_qk=normalize_qk,
+        implementation="reference" if implementation == "auto" else implementation,
+    )
+    return o[:, 0], state
+
+
+def _check(q, k, v, g, beta, gate, initial_state, segment_ids) -> None:
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"chunk_kda: q {q.shape} and v {v.shape} must be [B, T, heads, dim]")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    if T < 1 or HV % H:
+        raise ValueError(f"chunk_kda: needs T >= 1 and HV a multiple of H, got {T=}, {H=}, {HV=}")
+    expected = {
+        "k": (k, q.shape),
+        "v": (v, (B, T, HV, V)),
+        "g": (g, (B, T, HV, K)),
+        "beta": (beta, (B, T, HV)),
+    }
+    if initial_state is not None:
+        expected["initial_state"] = (initial_state, (B, HV, V, K))
+    if segment_ids is not None:
+        expected["segment_ids"] = (segment_ids, (B, T))
+    if gate is not None:
+        expected["gate.dt_bias"] = (gate.dt_bias, (HV, K))
+        if gate.a_log is not None:
+            expected["gate.a_log"] = (gate.a_log, (HV,))
+    wrong = [
+        f"{name} has shape {x.shape}, must be {shape}"
+        for name, (x, shape) in expected.items()
+        if x.shape != shape
+    ]
+    if wrong:
+        raise ValueError("chunk_kda: " + "; ".join(wrong))
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"chunk_kda: segment_ids must be integers, got {segment_ids.dtype}")

@@ -1,0 +1,73 @@
+"""KDA token by token in plain JAX: the definition that every implementation must match."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.kda.gates import Gate
+from pallas_kernels.segments import segment_starts
+
+L2_EPS = 1e-6  # added to the sum of squares, under the root
+
+
+def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+    """x / sqrt(sum(x^2) + 1e-6) over the last axis, computed in float32 and returned in the dtype of x."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + L2_EPS)).astype(x.dtype)
+
+
+def kda_step(state, q, k, v, g, beta):
+    """One token of the recurrence, everything in the dtype of the state.
+
+    Args:
+      state: [..., V, K]; q (scaled), k, g (log-decay): [..., K]; v: [..., V]; beta: [...].
+
+    Returns:
+      (new state [..., V, K], output [..., V]): decay first, then the delta rule on the decayed state, then the read.
+    """
+    state = state * jnp.exp(g)[..., None, :]
+    error = v - jnp.einsum("...VK,...K->...V", state, k)
+    state = state + (beta[..., None] * error)[..., :, None] * k[..., None, :]
+    return state, jnp.einsum("...VK,...K->...V", state, q)
+
+
+def chunk_kda(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    g: Float[Array, "B T HV K"],
+    beta: Float[Array, "B T HV"],
+    *,
+    gate: Gate,
+    scale: float,
+    initial_state: Float[Array, "B HV V K"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    normalize_qk: bool,
+    tile: int | None,
+) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
+    """See `pallas_kernels.kda.api.chunk_kda`; gradients by automatic differentiation of the scan."""
+    del tile  # one token at a time
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    valid, starts = ids != 0, segment_starts(ids)
+
+    def clean(x):  # padding may hold anything
+        return jnp.where(valid.reshape(B, T, *(1,) * (x.ndim - 2)), x, 0)
+
+    q, k, v, g, beta = map(clean, (q, k, v, g, beta))
+    if normalize_qk:
+        q, k = l2_normalize(q), l2_normalize(k)
+    g = g.astype(dtype) if gate is None else clean(gate.log_decay(g))
+    q, k = (jnp.repeat(x.astype(dtype), HV // H, axis=2) for x in (q, k))
+
+    def token(state, inputs):
+        start_B, *token_inputs = inputs
+        state = jnp.where(start_B[:, None, None, None], 0, state)
+        return kda_step(state, *token_inputs)
+
+    first = jnp.zeros((B, HV, V, K), dtype) if initial_state is None else initial_state.astype(dtype)
+    xs = (starts, q * scale, k, v.astype(dtype), g, beta.astype(dtype))
+    final, o = jax.lax.scan(token, first, tuple(jnp.moveaxis(x, 1, 0) for x in xs))
+    return clean(jnp.moveaxis(o, 0, 1)).astype(v.dtype), final
