@@ -20,9 +20,7 @@ class Implementation:
     refuse: Callable[..., str | None] = _accept
 
 
-def call(
-    op: str, implementations: Mapping[str, Implementation], name: str, /, *args: Any, **kwargs: Any
-) -> Any:
+def call(op: str, implementations: Mapping[str, Implementation], name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Runs `implementations[name]`; "auto" runs the first that accepts.
 
     Args:
@@ -35,9 +33,7 @@ def call(
       NotImplementedError: the named one refuses, or all do; the message gives every reason.
     """
     if name != "auto" and name not in implementations:
-        raise ValueError(
-            f"{op}: implementation={name!r} is unknown; choose auto, {', '.join(implementations)}"
-        )
+        raise ValueError(f"{op}: implementation={name!r} is unknown; choose auto, {', '.join(implementations)}")
     candidates = implementations if name == "auto" else {name: implementations[name]}
     refusals = []
     for candidate, implementation in candidates.items():

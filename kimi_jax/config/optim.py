@@ -75,9 +75,5 @@ def schedule_problems(schedule: Schedule, steps: int) -> Iterator[tuple[str, str
     """Yields (field, problem) for a schedule that does not fit into `steps`."""
     decay = getattr(schedule, "decay_steps", 0)
     if schedule.warmup_steps + decay > steps:
-        parts = (
-            f"warmup_steps={schedule.warmup_steps} + decay_steps={decay}"
-            if decay
-            else f"{schedule.warmup_steps}"
-        )
+        parts = f"warmup_steps={schedule.warmup_steps} + decay_steps={decay}" if decay else f"{schedule.warmup_steps}"
         yield "optim.schedule.warmup_steps", f"{parts} is more than train.steps={steps}"

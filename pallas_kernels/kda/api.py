@@ -117,9 +117,7 @@ def _check(q, k, v, g, beta, gate, initial_state, segment_ids) -> None:
         if gate.a_log is not None:
             expected["gate.a_log"] = (gate.a_log, (HV,))
     wrong = [
-        f"{name} has shape {x.shape}, must be {shape}"
-        for name, (x, shape) in expected.items()
-        if x.shape != shape
+        f"{name} has shape {x.shape}, must be {shape}" for name, (x, shape) in expected.items() if x.shape != shape
     ]
     if wrong:
         raise ValueError("chunk_kda: " + "; ".join(wrong))
