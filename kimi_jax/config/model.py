@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kimi_jax.config.base import Config
+from kimi_jax.config.base import Config, nearest
 from kimi_jax.config.mixer import Mixer, PositiveInt
 
 
@@ -45,7 +45,7 @@ Ffn = Annotated[DenseFfn | MoeFfn, Field(discriminator="kind")]
 
 
 class ModelConfig(Config):
-    """A decoder: `pattern` repeats over the layers; the first `first_k_dense` layers have the dense feed-forward block."""
+    """A decoder: `pattern` repeats over the layers; the first `first_k_dense` have the dense feed-forward block."""
 
     vocab_size: PositiveInt
     model_dim: PositiveInt
@@ -79,10 +79,7 @@ class ModelConfig(Config):
         for field in ("pattern", "tail"):
             for name in getattr(self, field):
                 if name not in self.mixers:
-                    yield (
-                        field,
-                        f"{name!r} names no mixer; model.mixers has {', '.join(self.mixers) or 'none'}",
-                    )
+                    yield field, f"{name!r} names no mixer; {nearest(name, self.mixers)}"
         short = self.num_layers % len(self.pattern)
         if len(self.tail) != short:
             rule = f"names {len(self.tail)} mixers, but num_layers={self.num_layers} leaves a last group of {short}"
