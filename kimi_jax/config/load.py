@@ -79,7 +79,7 @@ _ABSENT = object()
 
 def _partial(annotation: Any, data: Any, wrong: frozenset[Path_], path: Path_) -> Any:
     """Builds what can be built of invalid data: wrong entries are left out, so that rules that read them cannot run."""
-    annotation = _unwrap(annotation)
+    declared, annotation = annotation, _unwrap(annotation)
     if path in wrong and not isinstance(data, Mapping):
         return _ABSENT
     variants = {_kind(member): member for member in _variants(annotation)}
@@ -97,7 +97,7 @@ def _partial(annotation: Any, data: Any, wrong: frozenset[Path_], path: Path_) -
         value_type = typing.get_args(annotation)[1]
         return {key: _partial(value_type, value, wrong, (*path, key)) for key, value in data.items()}
     try:
-        return TypeAdapter(annotation).validate_python(data)
+        return TypeAdapter(declared).validate_python(data)
     except (ValidationError, PydanticSchemaGenerationError):
         return _ABSENT
 
