@@ -12,7 +12,8 @@ class Data(Config):
 
     seq_len: Annotated[int, Field(ge=2)]
     """Tokens T per example; records hold seq_len + 1, so that every token but a document's first is predicted once."""
-    shuffle_seed: int = 0
+    shuffle_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the order of the training examples; each epoch has an order of its own."""
 
 
 class StdlibData(Data):

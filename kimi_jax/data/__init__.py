@@ -1,0 +1,1 @@
+"""From text to batches: sources, tokenizers, packing into fixed-length records, and the run-time pipeline."""

@@ -1,0 +1,208 @@
+"""Which examples a run sees, in which order: a function of the seed and the step, for any number of processes."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from kimi_jax.config.data import DataConfig, RecordData, StdlibData
+from kimi_jax.data.packing import Record
+from kimi_jax.data.prepare import TRAIN, VALIDATION, prepare_stdlib
+from kimi_jax.data.records import RecordSource
+from kimi_jax.data.tokenizers import BYTES, Tokenizer, load_tokenizer
+from kimi_jax.errors import UserError
+
+type Batch = Mapping[str, np.ndarray]
+
+VALIDATION_SEED = 0  # validation takes the same records in every run, whatever its seed
+READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The training and validation data of one process.
+
+    A batch is a dict of arrays [rows, seq_len], rows = batch_size / process_count: `inputs` and `targets` int32,
+    `segment_ids` int32 (of the inputs; 1, 2, ... by document within the row, 0: padding) and `loss_mask` bool (the
+    target is the next token of the same document). Process p holds rows p * rows to (p + 1) * rows of the global batch.
+    """
+
+    train: RecordSource
+    validation: RecordSource | None
+    tokenizer: Tokenizer
+    token_bytes: np.ndarray
+    """Bytes of text each token stands for, int32 [vocab_size], 0 for special tokens."""
+    shuffle_seed: int
+    batch_size: int
+    process_index: int
+    process_count: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def _rows(self) -> int:
+        return self.batch_size // self.process_count
+
+    def train_iterator(self) -> "TrainIterator":
+        """Iterates for ever over the training examples, in a new order each epoch."""
+        order = grain.MapDataset.source(self.train).shuffle(self.shuffle_seed).repeat()
+        # The processes take consecutive groups of `rows` examples in turn, so the global order is the same for any
+        # number of processes.
+        batches = order.batch(self._rows, batch_fn=make_batch)[self.process_index :: self.process_count]
+        return TrainIterator(iter(batches.to_iter_dataset(READ_AHEAD)), self)
+
+    def validation_batches(self, num_batches: int) -> Iterator[Batch]:
+        """Yields the first `num_batches` validation batches, the same at each call; fewer if the set is small.
+
+        The records are taken in a fixed random order, so that few batches stand for the whole. The last batch of the
+        set is filled up with padding rows.
+        """
+        if self.validation is None:
+            return
+        order = grain.MapDataset.source(self.validation).shuffle(VALIDATION_SEED)
+        pad = _padding(self.validation.manifest.seq_len, self.tokenizer.pad_id)
+        for batch in range(min(num_batches, math.ceil(len(order) / self.batch_size))):
+            first = batch * self.batch_size + self.process_index * self._rows
+            rows = range(first, first + self._rows)
+            yield make_batch([order[row] if row < len(order) else pad for row in rows])
+
+
+class TrainIterator(grain.DatasetIterator[Batch]):
+    """Training batches, with a position that can be saved and restored exactly.
+
+    The position counts examples of the global order, so it holds for another number of processes, and for another batch
+    size that divides it.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator[Batch], dataset: Dataset):
+        super().__init__(batches)
+        self._batches = batches
+        self._batch_size = dataset.batch_size
+        self._identity = {"content_sha256": dataset.train.manifest.content_sha256, "shuffle_seed": dataset.shuffle_seed}
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position as a dict that JSON can hold."""
+        return {"next_example": self._batches.get_state()["next_index"] * self._batch_size, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to a position from `get_state`.
+
+        Raises:
+          UserError: the position belongs to other data or another shuffle seed, or lies within a batch.
+        """
+        for name, have in self._identity.items():
+            if (saved := state.get(name)) != have:
+                raise UserError(f"data position: saved with {name}={saved}, but this run has {name}={have}")
+        index, within = divmod(state["next_example"], self._batch_size)
+        if within:
+            raise UserError(f"data position {state['next_example']} is not a multiple of batch_size={self._batch_size}")
+        self._batches.set_state({"next_index": index})
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        super().close()
+        self._batches.close()
+
+
+def make_batch(records: list[Record]) -> Batch:
+    """Turns records of T + 1 tokens into a batch of T positions."""
+    tokens = np.stack([record.tokens for record in records])
+    segments = np.stack([record.segment_ids for record in records])
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": segments[:, :-1],
+        "loss_mask": (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0),
+    }
+
+
+def _padding(seq_len: int, pad_id: int) -> Record:
+    return Record(np.full(seq_len + 1, pad_id, np.int32), np.zeros(seq_len + 1, bool), 0)
+
+
+def build_dataset(cfg: DataConfig, *, batch_size: int, process_index: int = 0, process_count: int = 1) -> Dataset:
+    """Opens the data of a run; prepares the default corpus on first use.
+
+    Args:
+      cfg: the `data` section of a run's config.
+      batch_size: examples per global batch.
+      process_index: this process, in [0, process_count).
+      process_count: processes that share a global batch; must divide batch_size.
+
+    Raises:
+      UserError: the data is missing, damaged, empty, too small for a batch, or does not fit the config.
+    """
+    if batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} is not a multiple of the {process_count} processes")
+    folders = _FOLDERS[type(cfg)](cfg)
+    train, validation = (folder and RecordSource(folder) for folder in folders)
+    for source in filter(None, (train, validation)):
+        _check_source(source, cfg)
+    if len(train) < batch_size:
+        raise UserError(f"{train.folder}: {len(train)} records, fewer than one batch of batch_size={batch_size}")
+    tokenizer = _open_tokenizer(train)
+    if validation is not None:
+        _check_same_tokenizer(train, validation)
+    return Dataset(
+        train=train,
+        validation=validation,
+        tokenizer=tokenizer,
+        token_bytes=tokenizer.token_bytes(),
+        shuffle_seed=cfg.shuffle_seed,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def _stdlib_folders(cfg: StdlibData) -> tuple[Path, Path]:
+    folder = prepare_stdlib(cfg)
+    return folder / TRAIN, folder / VALIDATION
+
+
+def _record_folders(cfg: RecordData) -> tuple[Path, Path | None]:
+    return Path(cfg.train), None if cfg.validation is None else Path(cfg.validation)
+
+
+_FOLDERS = {StdlibData: _stdlib_folders, RecordData: _record_folders}
+
+
+def _check_source(source: RecordSource, cfg: DataConfig) -> None:
+    manifest = source.manifest
+    if manifest.seq_len != cfg.seq_len:
+        raise UserError(
+            f"{source.folder}: prepared with seq_len={manifest.seq_len}, but data.seq_len={cfg.seq_len}; "
+            "change the config or prepare the data again"
+        )
+    if len(source) == 0:
+        raise UserError(f"{source.folder}: holds no records")
+
+
+def _open_tokenizer(source: RecordSource) -> Tokenizer:
+    entry = source.manifest.tokenizer
+    tokenizer = load_tokenizer(str(source.folder / entry.files[0]) if entry.files else BYTES)
+    if tokenizer.fingerprint() != entry.fingerprint or tokenizer.vocab_size != entry.vocab_size:
+        raise UserError(
+            f"{source.folder}: the {tokenizer.kind} tokenizer there has hash {tokenizer.fingerprint()[:12]}, but the "
+            f"records were made with {entry.fingerprint[:12]} ({entry.kind}); restore its files or prepare the data again"
+        )
+    return tokenizer
+
+
+def _check_same_tokenizer(train: RecordSource, validation: RecordSource) -> None:
+    entries = [source.manifest.tokenizer for source in (train, validation)]
+    if entries[0].fingerprint != entries[1].fingerprint:
+        a, b = (f"{entry.kind}, hash {entry.fingerprint[:12]}" for entry in entries)
+        raise UserError(
+            f"{validation.folder}: tokenizer ({b}) differs from that of the training data {train.folder} ({a}); "
+            "prepare both with the same tokenizer"
+        )
