@@ -193,7 +193,7 @@ def _open_tokenizer(source: RecordSource) -> Tokenizer:
     if tokenizer.fingerprint() != entry.fingerprint or tokenizer.vocab_size != entry.vocab_size:
         raise UserError(
             f"{source.folder}: the {tokenizer.kind} tokenizer there has hash {tokenizer.fingerprint()[:12]}, but the "
-            f"records were made with {entry.fingerprint[:12]} ({entry.kind}); restore its files or prepare the data again"
+            f"records were made with {entry.fingerprint[:12]} ({entry.kind}); restore it or prepare the data again"
         )
     return tokenizer
 

@@ -52,13 +52,14 @@ class _SplitWriter:
         self._writer = RecordWriter(folder, records.token_dtype(tokenizer.vocab_size))
         self._counts = {"documents": 0, "empty_documents": 0, "tokens": 0, "bytes": 0}
 
-    def add(self, document: Document) -> None:
+    def add(self, document: Document, advance: Callable[[int], None]) -> None:
         tokens = 0
-        for text in document.pieces:
+        for text, input_bytes in document.pieces:
             ids = self._tokenizer.encode(text)
             self._append(ids, starts_document=tokens == 0)
             tokens += len(ids)
             self._counts["bytes"] += len(text.encode())
+            advance(input_bytes)
         if tokens:
             self._append(self._tokenizer.encode_document(""), starts_document=False)
         self._counts["documents" if tokens else "empty_documents"] += 1
@@ -117,23 +118,24 @@ def prepare(
       plan: see `Plan`.
       output: the new folder.
       source: where the text came from, for the manifest.
-      advance: called after each document with its bytes of input.
+      advance: called after each piece of text with its bytes of input.
 
     Returns:
       The manifests by split name.
 
     Raises:
       UserError: damaged input, no text at all, or a split without a document.
-      FileExistsError: `output` appeared while this ran.
+      FileExistsError: `output` exists and is not empty, now or when all is written.
     """
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise FileExistsError(output)
     splits = (TRAIN, VALIDATION) if plan.validation_percent else (TRAIN,)
     with records.new_folder(output) as folder:
         writers = {split: _SplitWriter(folder / split, tokenizer, plan) for split in splits}
         try:
             for document in documents:
                 held_out = sources.in_validation(document.split_key, percent=plan.validation_percent, seed=plan.seed)
-                writers[VALIDATION if held_out else TRAIN].add(document)
-                advance(document.input_bytes)
+                writers[VALIDATION if held_out else TRAIN].add(document, advance)
             facts = {
                 "source": source,
                 "validation_percent": plan.validation_percent,

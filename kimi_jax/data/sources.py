@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kimi_jax.data.tokenizers import import_extra
 from kimi_jax.errors import UserError
@@ -20,6 +21,13 @@ NOT_STDLIB = frozenset(("site-packages", "dist-packages", "lib-dynload", "__pyca
 TABLES = frozenset(("encodings", "pydoc_data"))  # data in the form of programs
 
 
+class Piece(NamedTuple):
+    """A piece of a document's text, and how many bytes of the input file it stands for (for progress)."""
+
+    text: str
+    input_bytes: int
+
+
 @dataclass(frozen=True)
 class Document:
     """One document, read as it is consumed.
@@ -27,12 +35,10 @@ class Document:
     Attributes:
       split_key: decides, hashed, between train and validation.
       pieces: its text, in order.
-      input_bytes: how far reading it moves on in the input, for progress.
     """
 
     split_key: str
-    pieces: Iterable[str]
-    input_bytes: int
+    pieces: Iterable[Piece]
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def read_documents(files: Iterable[InputFile], *, text_field: str = "text") -> I
         elif file.path.suffix in PARQUET:
             yield from _read_parquet(file, text_field)
         else:
-            yield Document(file.name, _read_text(file.path), file.size)
+            yield Document(file.name, _read_text(file.path))
 
 
 def _decode(data: bytes, path: Path, first_line: int) -> str:
@@ -124,7 +130,7 @@ def _decode(data: bytes, path: Path, first_line: int) -> str:
         raise UserError(f"{path}, line {line}: {what}; convert the file to UTF-8 or leave it out") from error
 
 
-def _read_text(path: Path) -> Iterator[str]:
+def _read_text(path: Path) -> Iterator[Piece]:
     line, rest = 1, b""
     with path.open("rb") as stream:
         while block := stream.read(PIECE_BYTES):
@@ -133,10 +139,10 @@ def _read_text(path: Path) -> Iterator[str]:
                 rest += block
                 continue
             piece, rest = rest + block[:end], block[end:]
-            yield _decode(piece, path, line)
+            yield Piece(_decode(piece, path, line), len(piece))
             line += piece.count(b"\n")
     if rest:
-        yield _decode(rest, path, line)
+        yield Piece(_decode(rest, path, line), len(rest))
 
 
 def _read_jsonl(file: InputFile, field: str) -> Iterator[Document]:
@@ -145,7 +151,7 @@ def _read_jsonl(file: InputFile, field: str) -> Iterator[Document]:
             if data.isspace():
                 continue
             text = _text_of_line(_decode(data, file.path, number), field, f"{file.path}, line {number}")
-            yield Document(text, (text,), len(data))
+            yield Document(text, (Piece(text, len(data)),))
 
 
 def _text_of_line(line: str, field: str, where: str) -> str:
@@ -185,7 +191,7 @@ def _read_parquet(file: InputFile, column: str) -> Iterator[Document]:
         for row, text in enumerate(_parquet_rows(table, column, file.path), start=1):
             if text is None:
                 raise UserError(f"{file.path}, row {row}: column {column!r} is null")
-            yield Document(text, (text,), row_bytes)
+            yield Document(text, (Piece(text, row_bytes),))
 
 
 def _parquet_rows(table, column: str, path: Path) -> Iterator[str | None]:

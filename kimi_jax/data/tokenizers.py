@@ -24,8 +24,9 @@ class Tokenizer(abc.ABC):
     """
 
     kind: ClassVar[str]
-    """Written to manifests; with the contents of `files` it decides every id."""
+    """Written to manifests."""
     files: tuple[Path, ...] = ()
+    """What it was read from: the file that decides the ids first, then those that only name special tokens."""
     vocab_size: int
     """Rows that an embedding needs: every id is in [0, vocab_size)."""
     eos_id: int
@@ -76,9 +77,9 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(self.kind.encode())
-        for file in self.files:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        digest = hashlib.sha256(f"{self.kind} {self.vocab_size} {self.eos_id} {self.pad_id}\n".encode())
+        for file in self.files[:1]:
+            digest.update(file.read_bytes())
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
