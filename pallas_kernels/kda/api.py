@@ -4,12 +4,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.kda import reference
+from pallas_kernels.kda import chunked, reference
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
 
-__all__ = ["IMPLEMENTATIONS", "Gate", "LowerBoundGate", "SoftplusGate", "chunk_kda", "step_kda"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "STEP_IMPLEMENTATIONS",
+    "Gate",
+    "LowerBoundGate",
+    "SoftplusGate",
+    "chunk_kda",
+    "step_kda",
+]
 
-IMPLEMENTATIONS = {"reference": Implementation(reference.chunk_kda)}  # fastest first
+# Fastest first.
+IMPLEMENTATIONS = {
+    "chunked": Implementation(chunked.chunk_kda, chunked.refuse),
+    "reference": Implementation(reference.chunk_kda),
+}
+STEP_IMPLEMENTATIONS = {"reference": Implementation(reference.step_kda)}
 
 
 def chunk_kda(
@@ -55,7 +68,7 @@ def chunk_kda(
 
     Source: Kimi Linear, arXiv:2510.26692, equation 1.
     """
-    _check(q, k, v, g, beta, gate, initial_state, segment_ids)
+    _check("chunk_kda", q.shape[1:-2], q, k, v, g, beta, gate, initial_state, segment_ids)
     return call(
         "chunk_kda",
         IMPLEMENTATIONS,
@@ -83,35 +96,51 @@ def step_kda(
     normalize_qk: bool = False,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV V K"]]:
-    """Runs one token of `chunk_kda`: the decode step. No gradient is defined for fast implementations."""
-    o, state = chunk_kda(
-        *(x[:, None] for x in (q, k, v, g, beta)),
+    """Runs one token of `chunk_kda`: the decode step.
+
+    Args:
+      q, k, v, g, beta: one token of the arguments of `chunk_kda`, without the T axis.
+      state: float32, V first: what `chunk_kda` or the step before returned.
+      gate, scale, normalize_qk: as in `chunk_kda`.
+      implementation: "auto", "reference" or "mosaic_gpu".
+
+    Returns:
+      (o in the dtype of v, the state after this token, float32). Only "reference" can be differentiated.
+
+    Raises:
+      ValueError: an argument has the wrong shape.
+      NotImplementedError: the implementation refuses these arguments; the message says why.
+    """
+    _check("step_kda", (), q, k, v, g, beta, gate, state, None)
+    return call(
+        "step_kda",
+        STEP_IMPLEMENTATIONS,
+        implementation,
+        *(q, k, v, g, beta, state),
         gate=gate,
-        scale=scale,
-        initial_state=state,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
         normalize_qk=normalize_qk,
-        implementation="reference" if implementation == "auto" else implementation,
     )
-    return o[:, 0], state
 
 
-def _check(q, k, v, g, beta, gate, initial_state, segment_ids) -> None:
-    if q.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"chunk_kda: q {q.shape} and v {v.shape} must be [B, T, heads, dim]")
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    if T < 1 or HV % H:
-        raise ValueError(f"chunk_kda: needs T >= 1 and HV a multiple of H, got {T=}, {H=}, {HV=}")
+def _check(op: str, time: tuple[int, ...], q, k, v, g, beta, gate, state, segment_ids) -> None:
+    """Compares every shape with what q and v imply; `time` is (T,) for a sequence and () for one token."""
+    axes = ("B", *("T" for _ in time), "heads", "dim")
+    if q.ndim != len(axes) or v.ndim != len(axes):
+        raise ValueError(f"{op}: q {q.shape} and v {v.shape} must be [{', '.join(axes)}]")
+    B, (H, K), (HV, V) = q.shape[0], q.shape[-2:], v.shape[-2:]
+    if 0 in time or HV % H:
+        raise ValueError(f"{op}: needs T >= 1 and HV a multiple of H, got shape {q.shape} of q, {v.shape} of v")
     expected = {
         "k": (k, q.shape),
-        "v": (v, (B, T, HV, V)),
-        "g": (g, (B, T, HV, K)),
-        "beta": (beta, (B, T, HV)),
+        "v": (v, (B, *time, HV, V)),
+        "g": (g, (B, *time, HV, K)),
+        "beta": (beta, (B, *time, HV)),
     }
-    if initial_state is not None:
-        expected["initial_state"] = (initial_state, (B, HV, V, K))
+    if state is not None:
+        expected["state" if op == "step_kda" else "initial_state"] = (state, (B, HV, V, K))
     if segment_ids is not None:
-        expected["segment_ids"] = (segment_ids, (B, T))
+        expected["segment_ids"] = (segment_ids, (B, *time))
     if gate is not None:
         expected["gate.dt_bias"] = (gate.dt_bias, (HV, K))
         if gate.a_log is not None:
@@ -120,6 +149,6 @@ def _check(q, k, v, g, beta, gate, initial_state, segment_ids) -> None:
         f"{name} has shape {x.shape}, must be {shape}" for name, (x, shape) in expected.items() if x.shape != shape
     ]
     if wrong:
-        raise ValueError("chunk_kda: " + "; ".join(wrong))
+        raise ValueError(f"{op}: " + "; ".join(wrong))
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"chunk_kda: segment_ids must be integers, got {segment_ids.dtype}")
+        raise ValueError(f"{op}: segment_ids must be integers, got {segment_ids.dtype}")

@@ -1,13 +1,22 @@
 """The two gates that turn a raw logit into a log-decay per key channel."""
 
-from typing import NamedTuple
+import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-class SoftplusGate(NamedTuple):
+def _align(parameter: Float[Array, "HV _"], raw: Float[Array, "*B HV K"]) -> Float[Array, "*_ HV _"]:
+    """Leading axes of length 1, and the dtype in which the gate of `raw` is computed."""
+    dtype = jnp.promote_types(raw.dtype, jnp.float32)
+    return jnp.expand_dims(parameter.astype(dtype), range(raw.ndim - 2))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("a_log", "dt_bias"), meta_fields=())
+@dataclass(frozen=True)
+class SoftplusGate:
     """g = -exp(a_log) softplus(raw + dt_bias): unbounded below; the released Kimi Linear.
 
     Args:
@@ -21,17 +30,19 @@ class SoftplusGate(NamedTuple):
     def log_decay(self, raw: Float[Array, "*B HV K"]) -> Float[Array, "*B HV K"]:
         """Returns g in nats, float32 (float64 for a float64 logit), <= 0."""
         dtype = jnp.promote_types(raw.dtype, jnp.float32)
-        rate = jnp.exp(self.a_log.astype(dtype))[:, None]
-        return -rate * jax.nn.softplus(raw.astype(dtype) + self.dt_bias.astype(dtype))
+        rate, bias = jnp.exp(_align(self.a_log[:, None], raw)), _align(self.dt_bias, raw)
+        return -rate * jax.nn.softplus(raw.astype(dtype) + bias)
 
 
-class LowerBoundGate(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("a_log", "dt_bias"), meta_fields=("bound",))
+@dataclass(frozen=True)
+class LowerBoundGate:
     """g = bound * sigmoid(exp(a_log) (raw + dt_bias)): never below `bound`; Kimi K3 and GLM-5.3-Flash.
 
     Args:
       a_log: natural log of the slope per value head, float32; None: slope 1.
       dt_bias: offset per value head and key channel, float32.
-      bound: the smallest log-decay, negative; not differentiated.
+      bound: the smallest log-decay, negative; fixed at trace time.
     """
 
     a_log: Float[Array, "HV"] | None
@@ -41,9 +52,9 @@ class LowerBoundGate(NamedTuple):
     def log_decay(self, raw: Float[Array, "*B HV K"]) -> Float[Array, "*B HV K"]:
         """Returns g in nats, float32 (float64 for a float64 logit), in [bound, 0]."""
         dtype = jnp.promote_types(raw.dtype, jnp.float32)
-        z = raw.astype(dtype) + self.dt_bias.astype(dtype)
+        z = raw.astype(dtype) + _align(self.dt_bias, raw)
         if self.a_log is not None:
-            z = jnp.exp(self.a_log.astype(dtype))[:, None] * z
+            z = jnp.exp(_align(self.a_log[:, None], raw)) * z
         return self.bound * jax.nn.sigmoid(z)
 
 

@@ -16,6 +16,16 @@ def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + L2_EPS)).astype(x.dtype)
 
 
+def read_and_write_vectors(
+    q: Float[Array, "*B H K"], k: Float[Array, "*B H K"], *, scale: float, normalize_qk: bool, num_value_heads: int
+) -> tuple[Float[Array, "*B HV K"], Float[Array, "*B HV K"]]:
+    """Normalises q and k if asked to, scales q, and repeats both for the value heads that share them."""
+    if normalize_qk:
+        q, k = l2_normalize(q), l2_normalize(k)
+    q, k = (jnp.repeat(x, num_value_heads // x.shape[-2], axis=-2) for x in (q * scale, k))
+    return q, k
+
+
 def kda_step(state, q, k, v, g, beta):
     """One token of the recurrence, everything in the dtype of the state.
 
@@ -47,20 +57,17 @@ def chunk_kda(
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
     """See `pallas_kernels.kda.api.chunk_kda`; gradients by automatic differentiation of the scan."""
     del tile  # one token at a time
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    out_dtype, dtype = v.dtype, jnp.promote_types(q.dtype, jnp.float32)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     valid, starts = ids != 0, segment_starts(ids)
 
     def clean(x):  # padding may hold anything
         return jnp.where(valid.reshape(B, T, *(1,) * (x.ndim - 2)), x, 0)
 
-    q, k, v, g, beta = map(clean, (q, k, v, g, beta))
-    if normalize_qk:
-        q, k = l2_normalize(q), l2_normalize(k)
-    g = g.astype(dtype) if gate is None else clean(gate.log_decay(g))
-    q, k = (jnp.repeat(x.astype(dtype), HV // H, axis=2) for x in (q, k))
+    q, k, v, g, beta = (clean(x).astype(dtype) for x in (q, k, v, g, beta))
+    q, k = read_and_write_vectors(q, k, scale=scale, normalize_qk=normalize_qk, num_value_heads=HV)
+    g = g if gate is None else clean(gate.log_decay(g))
 
     def token(state, inputs):
         start_B, *token_inputs = inputs
@@ -68,6 +75,26 @@ def chunk_kda(
         return kda_step(state, *token_inputs)
 
     first = jnp.zeros((B, HV, V, K), dtype) if initial_state is None else initial_state.astype(dtype)
-    xs = (starts, q * scale, k, v.astype(dtype), g, beta.astype(dtype))
-    final, o = jax.lax.scan(token, first, tuple(jnp.moveaxis(x, 1, 0) for x in xs))
-    return clean(jnp.moveaxis(o, 0, 1)).astype(v.dtype), final
+    final, o = jax.lax.scan(token, first, tuple(jnp.moveaxis(x, 1, 0) for x in (starts, q, k, v, g, beta)))
+    return clean(jnp.moveaxis(o, 0, 1)).astype(out_dtype), final
+
+
+def step_kda(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B HV V"],
+    g: Float[Array, "B HV K"],
+    beta: Float[Array, "B HV"],
+    state: Float[Array, "B HV V K"],
+    *,
+    gate: Gate,
+    scale: float,
+    normalize_qk: bool,
+) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV V K"]]:
+    """See `pallas_kernels.kda.api.step_kda`."""
+    out_dtype, dtype = v.dtype, jnp.promote_types(q.dtype, jnp.float32)
+    q, k, v, g, beta = (x.astype(dtype) for x in (q, k, v, g, beta))
+    q, k = read_and_write_vectors(q, k, scale=scale, normalize_qk=normalize_qk, num_value_heads=v.shape[1])
+    g = g if gate is None else gate.log_decay(g)
+    state, o = kda_step(state.astype(dtype), q, k, v, g, beta)
+    return o.astype(out_dtype), state
