@@ -66,7 +66,7 @@ def main() -> None:
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("", total=sum(file.size for file in files))
             manifests = prepare(
                 documents,
