@@ -1,0 +1,67 @@
+"""Public entry of the short convolution: signature, argument checks and the table of implementations."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.short_conv import reference, xla
+
+__all__ = ["IMPLEMENTATIONS", "short_conv"]
+
+# Fastest first.
+IMPLEMENTATIONS = {
+    "xla": Implementation(xla.short_conv),
+    "reference": Implementation(reference.short_conv),
+}
+
+
+def short_conv(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "D W"],
+    *,
+    cache: Float[Array, "B W-1 D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+    """Convolves each channel over the last W tokens, then applies SiLU: y_t = silu(sum_d weight[W-1-d] x_{t-d}).
+
+    Padding is as if it were not there: taps step over it and look at the last W tokens of the document that are not
+    padding, just as padding leaves a recurrent state alone. So a padded row equals the row without its padding.
+
+    Args:
+      x: inputs, bfloat16, float16 or float32.
+      weight: filters, any float dtype; tap W-1 multiplies the current token; W >= 1.
+      cache: the last W-1 inputs before the first document of x, oldest first, zero where there were none; None: zeros.
+      segment_ids: int32; 0 is padding, which gives zero output and zero gradient and may hold anything. Taps do not
+        reach across a token whose id differs from that of the last non-padding token before it.
+      implementation: "auto", "xla" or "reference".
+
+    Returns:
+      (y in the dtype of x, accumulated in float32; the cache to continue the last document with, in the dtype of x).
+      Differentiable in x, weight and cache.
+
+    Raises:
+      ValueError: an argument has the wrong shape.
+    """
+    _check(x, weight, cache, segment_ids)
+    return call("short_conv", IMPLEMENTATIONS, implementation, x, weight, cache=cache, segment_ids=segment_ids)
+
+
+def _check(x, weight, cache, segment_ids) -> None:
+    if x.ndim != 3 or weight.ndim != 2:
+        raise ValueError(f"short_conv: x {x.shape} must be [B, T, D] and weight {weight.shape} [D, W]")
+    (B, T, D), W = x.shape, weight.shape[1]
+    if T < 1 or W < 1:
+        raise ValueError(f"short_conv: needs T >= 1 and W >= 1, got {T=}, {W=}")
+    expected = {"weight": (weight, (D, W))}
+    if cache is not None:
+        expected["cache"] = (cache, (B, W - 1, D))
+    if segment_ids is not None:
+        expected["segment_ids"] = (segment_ids, (B, T))
+    wrong = [
+        f"{name} has shape {a.shape}, must be {shape}" for name, (a, shape) in expected.items() if a.shape != shape
+    ]
+    if wrong:
+        raise ValueError("short_conv: " + "; ".join(wrong))
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"short_conv: segment_ids must be integers, got {segment_ids.dtype}")
