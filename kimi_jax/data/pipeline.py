@@ -12,7 +12,7 @@ import numpy as np
 from kimi_jax.config.data import DataConfig, RecordData, StdlibData
 from kimi_jax.data.packing import Record
 from kimi_jax.data.prepare import TRAIN, VALIDATION, prepare_stdlib
-from kimi_jax.data.records import RecordSource
+from kimi_jax.data.records import RecordSource, read_manifest
 from kimi_jax.data.tokenizers import BYTES, Tokenizer, load_tokenizer
 from kimi_jax.errors import UserError
 
@@ -54,7 +54,8 @@ class Dataset:
         order = grain.MapDataset.source(self.train).shuffle(self.shuffle_seed).repeat()
         # The processes take consecutive groups of `rows` examples in turn, so the global order is the same for any
         # number of processes.
-        batches = order.batch(self._rows, batch_fn=make_batch)[self.process_index :: self.process_count]
+        batches = order.batch(self._rows, drop_remainder=True, batch_fn=make_batch)
+        batches = batches[self.process_index :: self.process_count]
         return TrainIterator(iter(batches.to_iter_dataset(READ_AHEAD)), self)
 
     def validation_batches(self, num_batches: int) -> Iterator[Batch]:
@@ -143,13 +144,12 @@ def build_dataset(cfg: DataConfig, *, batch_size: int, process_index: int = 0, p
     """
     if batch_size % process_count:
         raise UserError(f"batch_size={batch_size} is not a multiple of the {process_count} processes")
-    folders = _FOLDERS[type(cfg)](cfg)
-    train, validation = (folder and RecordSource(folder) for folder in folders)
-    for source in filter(None, (train, validation)):
-        _check_source(source, cfg)
+    train_folder, validation_folder = _FOLDERS[type(cfg)](cfg)
+    train = _open_source(train_folder, cfg)
+    validation = None if validation_folder is None else _open_source(validation_folder, cfg)
     if len(train) < batch_size:
         raise UserError(f"{train.folder}: {len(train)} records, fewer than one batch of batch_size={batch_size}")
-    tokenizer = _open_tokenizer(train)
+    tokenizer = open_tokenizer(train.folder)
     if validation is not None:
         _check_same_tokenizer(train, validation)
     return Dataset(
@@ -176,23 +176,29 @@ def _record_folders(cfg: RecordData) -> tuple[Path, Path | None]:
 _FOLDERS = {StdlibData: _stdlib_folders, RecordData: _record_folders}
 
 
-def _check_source(source: RecordSource, cfg: DataConfig) -> None:
-    manifest = source.manifest
-    if manifest.seq_len != cfg.seq_len:
+def _open_source(folder: Path, cfg: DataConfig) -> RecordSource:
+    source = RecordSource(folder)
+    if (seq_len := source.manifest.seq_len) != cfg.seq_len:
         raise UserError(
-            f"{source.folder}: prepared with seq_len={manifest.seq_len}, but data.seq_len={cfg.seq_len}; "
+            f"{folder}: prepared with seq_len={seq_len}, but data.seq_len={cfg.seq_len}; "
             "change the config or prepare the data again"
         )
     if len(source) == 0:
-        raise UserError(f"{source.folder}: holds no records")
+        raise UserError(f"{folder}: holds no records")
+    return source
 
 
-def _open_tokenizer(source: RecordSource) -> Tokenizer:
-    entry = source.manifest.tokenizer
-    tokenizer = load_tokenizer(str(source.folder / entry.files[0]) if entry.files else BYTES)
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Opens the tokenizer that made the records of a folder.
+
+    Raises:
+      UserError: there are no records, or the tokenizer files beside them are not those that made them.
+    """
+    entry = read_manifest(folder).tokenizer
+    tokenizer = load_tokenizer(str(folder / entry.files[0]) if entry.files else BYTES)
     if tokenizer.fingerprint() != entry.fingerprint or tokenizer.vocab_size != entry.vocab_size:
         raise UserError(
-            f"{source.folder}: the {tokenizer.kind} tokenizer there has hash {tokenizer.fingerprint()[:12]}, but the "
+            f"{folder}: the {tokenizer.kind} tokenizer there has hash {tokenizer.fingerprint()[:12]}, but the "
             f"records were made with {entry.fingerprint[:12]} ({entry.kind}); restore it or prepare the data again"
         )
     return tokenizer
