@@ -1,0 +1,1 @@
+"""Public checkpoints: config.json and safetensors in the tensor names of the released Kimi Linear, out and in."""

@@ -1,0 +1,147 @@
+"""From parameters to a public checkpoint: files, shards and dtypes; all of it or nothing is written."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kimi_jax.config.model import ModelConfig
+from kimi_jax.data.records import new_folder
+from kimi_jax.errors import UserError
+from kimi_jax.interop.hf_config import PublicConfig, json_fields, to_public
+from kimi_jax.interop.keymap import Path_, PublicTensor, flatten, public_tensors
+from kimi_jax.interop.safetensors_file import DTYPES, NUMPY_DTYPES, TensorSpec, in_file_order, write_file
+from kimi_jax.interop.saved_model import SavedModel, load_run
+from kimi_jax.interop.tokenizer_files import write_tokenizer
+
+type Dtype = Literal["float32", "bfloat16"]
+
+CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
+
+def export_run(
+    run_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    step: int | None = None,
+    dtype: Dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Exports a checkpoint of a training run.
+
+    Args:
+      run_dir: a run directory.
+      out_dir: the new directory.
+      step: of the checkpoint; None: the newest.
+      dtype, shard_bytes: as in `export_model`.
+
+    Returns:
+      `out_dir`.
+
+    Raises:
+      UserError: no such checkpoint, a model without a public form, or `out_dir` exists.
+    """
+    refuse_existing(Path(out_dir))
+    return export_model(load_run(Path(run_dir), step), out_dir, dtype=dtype, shard_bytes=shard_bytes)
+
+
+def export_model(
+    model: SavedModel, out_dir: str | Path, *, dtype: Dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Writes a model as transformers, vLLM and SGLang read Kimi Linear.
+
+    Args:
+      model: parameters on any device, or in host memory.
+      out_dir: the new directory; it appears when everything is written.
+      dtype: of the tensors; gate parameters and the router's bias stay float32. None: the model's compute dtype.
+      shard_bytes: largest data size of one file; a larger tensor has a file of its own.
+
+    Returns:
+      `out_dir`.
+
+    Raises:
+      UserError: a model without a public form (each config value named), or `out_dir` exists.
+    """
+    out_dir, dtype = Path(out_dir), dtype or model.cfg.dtype
+    refuse_existing(out_dir)
+    tokenizer = model.tokenizer
+    special = {"eos": tokenizer and tokenizer.eos_id, "pad": tokenizer and tokenizer.pad_id}
+    public = to_public(model.cfg, dtype=dtype, max_length=model.max_length, **special)
+    try:
+        with new_folder(out_dir) as folder:
+            _write_json(folder / CONFIG, json_fields(public))
+            _write_json(folder / GENERATION_CONFIG, _generation_fields(public))
+            if tokenizer:
+                write_tokenizer(tokenizer, folder, max_length=model.max_length)
+            _write_weights(folder, model.cfg, flatten(model.params, model.buffers), DTYPES[dtype], shard_bytes)
+    except FileExistsError:
+        refuse_existing(out_dir)
+    except OSError as error:
+        raise UserError(f"{out_dir}: cannot be written: {error.strerror or error}") from error
+    return out_dir
+
+
+def refuse_existing(out_dir: Path) -> None:
+    """Raises `UserError` if the output directory exists, which is never overwritten."""
+    if out_dir.exists():
+        raise UserError(f"{out_dir}: exists already; remove it or name another directory")
+
+
+def plan_shards(tensors: Sequence[PublicTensor], dtype: str, shard_bytes: int) -> list[list[PublicTensor]]:
+    """Cuts the tensors, in layer order, into files of at most `shard_bytes`; orders each file's tensors."""
+    shards: list[list[PublicTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = tensor_spec(tensor, dtype).num_bytes
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return [in_file_order(shard, lambda tensor: tensor_spec(tensor, dtype)) for shard in shards]
+
+
+def tensor_spec(tensor: PublicTensor, dtype: str) -> TensorSpec:
+    """How a tensor is stored in a checkpoint of `dtype`."""
+    return TensorSpec(tensor.name, "F32" if tensor.float32 else dtype, tensor.shape)
+
+
+def shard_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_weights(folder: Path, cfg: ModelConfig, leaves: Mapping[Path_, Any], dtype: str, shard_bytes: int) -> None:
+    shards = plan_shards(public_tensors(cfg), dtype, shard_bytes)
+    weight_map, total = {}, 0
+    for index, shard in enumerate(shards):
+        name = shard_name(index, len(shards))
+        specs = [tensor_spec(tensor, dtype) for tensor in shard]
+        write_file(folder / name, specs, _read_arrays(shard, specs, leaves))
+        weight_map |= {spec.name: name for spec in specs}
+        total += sum(spec.num_bytes for spec in specs)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _read_arrays(
+    tensors: Sequence[PublicTensor], specs: Sequence[TensorSpec], leaves: Mapping[Path_, Any]
+) -> Iterator[np.ndarray]:
+    """Fetches each layer's leaf from the device once: the tensors of its experts follow each other."""
+    fetched, layer_leaf = None, None
+    for tensor, spec in zip(tensors, specs, strict=True):
+        if fetched != (tensor.path, tensor.repeat):
+            leaf = leaves[tensor.path]
+            layer_leaf = np.asarray(leaf if tensor.repeat is None else leaf[tensor.repeat])
+            fetched = (tensor.path, tensor.repeat)
+        yield tensor.read(layer_leaf).astype(NUMPY_DTYPES[spec.dtype], copy=False)
+
+
+def _generation_fields(public: PublicConfig) -> dict[str, Any]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(public, name) for name in names if getattr(public, name) is not None}
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
