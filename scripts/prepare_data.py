@@ -1,6 +1,8 @@
 """Tokenises and packs text, JSONL and Parquet into the records that training reads: see docs/data.md."""
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +54,7 @@ def show(manifests: dict[str, Manifest], output: Path, console: Console) -> None
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written folder is removed
     args = parse_args()
     plan = Plan(args.seq_len, args.validation_percent, args.seed)
     tokenizer = load_tokenizer(args.tokenizer)
@@ -79,7 +82,7 @@ def main() -> None:
     except FileExistsError as error:
         raise UserError(f"output {args.output}: exists already; name a new folder, or remove it") from error
     except OSError as error:
-        raise UserError(f"output {args.output}: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or args.output}: {error.strerror or error}") from error
     show(manifests, args.output, console)
 
 

@@ -23,7 +23,7 @@ from kimi_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = "kimi_jax.records.v1"
-PART_BYTES = 256 * 2**20  # of payload, before compression
+PART_BYTES = 2**31  # before compression; large, since every part of a shuffled data set is a file held open
 HEADER = np.dtype([("crc32", "<u4"), ("num_valid", "<u4")])
 
 

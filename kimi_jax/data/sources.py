@@ -159,6 +159,8 @@ def _text_of_line(line: str, field: str, where: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        raise UserError(f"{where}: JSON that Python does not read ({_first_line(error)})") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a field {field!r}")
     if field not in row:

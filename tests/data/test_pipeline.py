@@ -183,6 +183,15 @@ def test_the_last_validation_batch_is_padded(open_data):
     assert (batches[-1]["inputs"][~real] == data.tokenizer.pad_id).all()
 
 
+def test_a_single_record_is_enough(prepare_texts, tmp_path):
+    train = prepare_texts(tmp_path / "one", ["short"], percent=0) / "train"
+    data = build_dataset(RecordData(seq_len=SEQ_LEN, train=str(train), validation=str(train)), batch_size=1)
+    first, *others = take(data.train_iterator(), 4)
+    assert_batches_equal(others, [first] * 3)
+    assert bytes(first["targets"][first["loss_mask"]][:-1].astype(np.uint8)) == b"hort"
+    assert_batches_equal(list(data.validation_batches(5)), [first])
+
+
 def test_no_validation_data_gives_no_batches(open_data):
     assert list(open_data(validation=None).validation_batches(3)) == []
 

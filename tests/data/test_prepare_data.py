@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,6 +68,20 @@ def test_script_fails_with_one_line_and_leaves_nothing(tmp_path):
     assert done.stdout == ""
     assert done.stderr == f"error: {tmp_path / 'bad.jsonl'}, line 2: no field 'text'; the line has 'texts'\n"
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_terminated_script_leaves_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "large.txt").write_text("line of text\n" * 10_000_000)
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), str(tmp_path / "in"), "--tokenizer", "bytes"]
+    command += ["--seq-len", "8", "--output", str(tmp_path / "out")]
+    with subprocess.Popen(command, env={"PYTHONPATH": str(ROOT)}) as process:
+        while not any(path.name.endswith(".partial") for path in tmp_path.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+    assert process.returncode == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 # ------------------------------------------------------------------ prepare

@@ -72,6 +72,8 @@ def test_long_files_are_read_in_pieces_that_end_lines(tmp_path, monkeypatch, tex
         ("a.jsonl", b'{"body": "a", "id": 1}\n', r"a\.jsonl, line 1: no field 'text'; the line has 'body', 'id'"),
         ("a.jsonl", b'{"text": null}\n', r"a\.jsonl, line 1: field 'text' is NoneType"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: field 'text' holds a lone surrogate \\ud800"),
+        ("a.jsonl", b"[" * 200_000, r"a\.jsonl, line 1: JSON that Python does not read"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl, line 1: JSON that Python does not read"),
         ("a.parquet", b"PAR1 nothing", r"a\.parquet: not a whole Parquet file"),
         ("a.txt.gz", b"\x1f\x8b", r"compressed input \(\.gz\)"),
     ],
