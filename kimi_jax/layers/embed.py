@@ -1,0 +1,33 @@
+"""Token embedding and the untied output head; the embedding sets the compute dtype of all that follows."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from kimi_jax.layers.param import normal, param
+
+
+class Embedding(nnx.Module):
+    """One row per token, unscaled."""
+
+    def __init__(self, vocab_size: int, dim: int, *, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(dtype)
+        self.weight = param(normal(rngs, (vocab_size, dim), std), axes=("vocab", "embed"))
+
+    @jax.named_scope("embed")
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.weight[...][tokens_BT].astype(self.dtype)
+
+
+class Head(nnx.Module):
+    """Logits over the vocabulary."""
+
+    def __init__(self, vocab_size: int, dim: int, *, std: float, rngs: nnx.Rngs):
+        self.weight = param(normal(rngs, (dim, vocab_size), std), axes=("embed", "vocab"))
+
+    @jax.named_scope("head")
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
+        """Returns float32 logits; the product runs in the dtype of x."""
+        weight = self.weight[...].astype(x_BTD.dtype)
+        return jnp.einsum("BTD,DA->BTA", x_BTD, weight, preferred_element_type=jnp.float32)

@@ -1,0 +1,52 @@
+"""The Kimi Delta Attention mixer: a gated delta rule with one forget gate per key channel."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from kimi_jax.config.mixer import KdaMixer
+from kimi_jax.layers.cache import RecurrentCache
+from kimi_jax.layers.decay import build_decay
+from kimi_jax.layers.output_gate import GatedOutput
+from kimi_jax.layers.qkv import ConvolvedQkv, StepSize
+from pallas_kernels.kda.api import chunk_kda, step_kda
+
+
+class Kda(nnx.Module):
+    """Projections and convolutions, the delta rule, then norm, gate and output projection.
+
+    Source: Kimi Linear, arXiv:2510.26692, section 4.
+    """
+
+    def __init__(self, cfg: KdaMixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
+        self.implementation, self.chunk_size = cfg.implementation, cfg.chunk_size
+        self.state_shape = (cfg.value_heads, cfg.value_dim, cfg.key_dim)
+        self.qkv = ConvolvedQkv(cfg, model_dim=model_dim, std=std, rngs=rngs)
+        self.decay = build_decay(cfg.decay, cfg, model_dim=model_dim, std=std, rngs=rngs)
+        self.beta = StepSize(cfg, model_dim=model_dim, std=std, rngs=rngs)
+        self.output = GatedOutput(cfg, model_dim=model_dim, std=std, rngs=rngs)
+
+    def init_cache(self, batch: int, max_len: int, dtype: DTypeLike) -> RecurrentCache:
+        """Makes the cache of an empty context; `max_len` does not matter to a recurrent state."""
+        return RecurrentCache(jnp.zeros((batch, *self.state_shape), jnp.float32), self.qkv.init_cache(batch, dtype))
+
+    @jax.named_scope("kda")
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        cache: RecurrentCache | None = None,
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RecurrentCache | None]:
+        q, k, v, conv = self.qkv(x_BTD, cache and cache.conv, segment_ids_BT)
+        g, gate = self.decay(x_BTD)
+        o, state = self._delta_rule(q, k, v, g, self.beta(x_BTD), gate, cache and cache.state, segment_ids_BT)
+        return self.output(o, x_BTD), None if cache is None else RecurrentCache(state, conv)
+
+    def _delta_rule(self, q, k, v, g, beta, gate, state, segment_ids):
+        settings = {"gate": gate, "normalize_qk": True, "implementation": self.implementation}
+        if q.shape[1] == 1 and state is not None and segment_ids is None:
+            o, state = step_kda(*(x[:, 0] for x in (q, k, v, g, beta)), state, **settings)
+            return o[:, None], state
+        settings |= {"initial_state": state, "segment_ids": segment_ids, "tile": self.chunk_size}
+        return chunk_kda(q, k, v, g, beta, **settings)

@@ -1,0 +1,36 @@
+"""The dense feed-forward block."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from kimi_jax.config.model import DenseFfn
+from kimi_jax.layers.param import normal, param
+
+
+class SwiGlu(nnx.Module):
+    """down(silu(gate x) * up x), without biases."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, std: float, rngs: nnx.Rngs):
+        self.gate = param(normal(rngs, (dim, hidden_dim), std), axes=("embed", "ffn"))
+        self.up = param(normal(rngs, (dim, hidden_dim), std), axes=("embed", "ffn"))
+        self.down = param(normal(rngs, (hidden_dim, dim), std), axes=("ffn", "embed"))
+
+    @jax.named_scope("mlp")
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate, up, down = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+        hidden_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, gate)) * jnp.einsum("BTD,DF->BTF", x_BTD, up)
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, down)
+
+
+class Mlp(SwiGlu):
+    """SwiGLU as a whole feed-forward block; it has no router to report on."""
+
+    def __init__(self, cfg: DenseFfn, *, model_dim: int, std: float, rngs: nnx.Rngs):
+        super().__init__(model_dim, cfg.hidden_dim, std=std, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], None]:
+        return super().__call__(x_BTD), None

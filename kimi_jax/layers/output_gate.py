@@ -1,0 +1,64 @@
+"""From the heads' outputs back to the residual stream: RMSNorm per head, output gate, projection."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kimi_jax.config.mixer import LinearMixer, NoGate, OutputGate, SigmoidGate, SwishGate
+from kimi_jax.layers.norm import rms_normalize
+from kimi_jax.layers.param import normal, param
+
+ACTIVATIONS = {SigmoidGate: jax.nn.sigmoid, SwishGate: jax.nn.silu}
+
+
+class LowRankGate(nnx.Module):
+    """Multiplies by activation(z), z from the layer's input through a bottleneck of rank R; float32."""
+
+    def __init__(self, cfg: SigmoidGate | SwishGate, mixer: LinearMixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
+        HV, V = mixer.value_heads, mixer.value_dim
+        self.activation = ACTIVATIONS[type(cfg)]
+        self.down = param(normal(rngs, (model_dim, cfg.rank), std), axes=("embed", "rank"))
+        self.up = param(normal(rngs, (cfg.rank, HV, V), std), axes=("rank", "heads", "head_dim"))
+
+    def __call__(self, o_BTHV: Float[Array, "B T HV V"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T HV V"]:
+        low_BTR = jnp.einsum("BTD,DR->BTR", x_BTD, self.down[...].astype(x_BTD.dtype))
+        z_BTHV = jnp.einsum("BTR,RHV->BTHV", low_BTR, self.up[...].astype(x_BTD.dtype))
+        return o_BTHV * self.activation(z_BTHV.astype(jnp.float32))
+
+
+class Ungated(nnx.Module):
+    """Leaves the normalised output as it is."""
+
+    def __init__(self, cfg: NoGate, mixer: LinearMixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
+        del cfg, mixer, model_dim, std, rngs
+
+    def __call__(self, o_BTHV: Float[Array, "B T HV V"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T HV V"]:
+        return o_BTHV
+
+
+OUTPUT_GATES = {SigmoidGate: LowRankGate, SwishGate: LowRankGate, NoGate: Ungated}
+
+
+def build_output_gate(
+    cfg: OutputGate, mixer: LinearMixer, *, model_dim: int, std: float, rngs: nnx.Rngs
+) -> LowRankGate | Ungated:
+    """Builds the module of an `output_gate:` config."""
+    return OUTPUT_GATES[type(cfg)](cfg, mixer, model_dim=model_dim, std=std, rngs=rngs)
+
+
+class GatedOutput(nnx.Module):
+    """W_o [RMSNorm_per_head(o) * weight * gate(x)]; all but the projection in float32."""
+
+    def __init__(self, cfg: LinearMixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
+        HV, V = cfg.value_heads, cfg.value_dim
+        self.eps = cfg.norm_eps
+        self.norm = param(jnp.ones(V, jnp.float32), axes=("head_dim",))
+        self.gate = build_output_gate(cfg.output_gate, cfg, model_dim=model_dim, std=std, rngs=rngs)
+        self.weight = param(normal(rngs, (HV, V, model_dim), std), axes=("heads", "head_dim", "embed"))
+
+    @jax.named_scope("output")
+    def __call__(self, o_BTHV: Float[Array, "B T HV V"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        normed = rms_normalize(o_BTHV, self.eps) * self.norm[...][None, None, None, :]
+        gated = self.gate(normed, x_BTD).astype(x_BTD.dtype)
+        return jnp.einsum("BTHV,HVD->BTD", gated, self.weight[...].astype(x_BTD.dtype))

@@ -1,0 +1,1 @@
+"""Models: one pre-norm block, the layout of a hybrid stack, the decoder, and its counts in closed form."""

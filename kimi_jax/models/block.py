@@ -1,0 +1,45 @@
+"""One pre-norm residual block: a token mixer, then a feed-forward block; which module serves which config type."""
+
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from kimi_jax.config.mixer import GdnMixer, KdaMixer, Mamba2Mixer, Mixer, MlaMixer
+from kimi_jax.config.model import DenseFfn, Ffn, ModelConfig, MoeFfn
+from kimi_jax.layers.cache import Cache
+from kimi_jax.layers.gdn import gated_delta_net
+from kimi_jax.layers.kda import Kda
+from kimi_jax.layers.mamba2 import Mamba2
+from kimi_jax.layers.mla import Mla
+from kimi_jax.layers.mlp import Mlp
+from kimi_jax.layers.moe import Moe
+from kimi_jax.layers.norm import RMSNorm
+from kimi_jax.layers.router import RouterStats
+
+MIXERS = {KdaMixer: Kda, GdnMixer: gated_delta_net, Mamba2Mixer: Mamba2, MlaMixer: Mla}
+FFNS = {DenseFfn: Mlp, MoeFfn: Moe}
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x)); the residual stream keeps the compute dtype."""
+
+    def __init__(self, cfg: ModelConfig, mixer: Mixer, ffn: Ffn, *, rngs: nnx.Rngs):
+        sizes = {"model_dim": cfg.model_dim, "std": cfg.init_std, "rngs": rngs}
+        self.mixer_norm = RMSNorm(cfg.model_dim, eps=cfg.norm_eps)
+        self.mixer = MIXERS[type(mixer)](mixer, **sizes)
+        self.ffn_norm = RMSNorm(cfg.model_dim, eps=cfg.norm_eps)
+        self.ffn = FFNS[type(ffn)](ffn, **sizes)
+
+    def init_cache(self, batch: int, max_len: int, dtype: DTypeLike) -> Cache:
+        return self.mixer.init_cache(batch, max_len, dtype)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        cache: Cache | None,
+        segment_ids_BT: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, RouterStats | None]:
+        valid_BT: Bool[Array, "B T"] | None = None if segment_ids_BT is None else segment_ids_BT != 0
+        mixed_BTD, cache = self.mixer(self.mixer_norm(x_BTD), cache, segment_ids_BT)
+        x_BTD = x_BTD + mixed_BTD
+        y_BTD, stats = self.ffn(self.ffn_norm(x_BTD), valid_BT)
+        return x_BTD + y_BTD, cache, stats

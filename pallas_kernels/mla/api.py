@@ -1,0 +1,105 @@
+"""Public entry of multi-head latent attention: signatures, argument checks and the tables of implementations."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.mla import xla
+
+__all__ = ["ABSORBED_IMPLEMENTATIONS", "IMPLEMENTATIONS", "mla_absorbed_attention", "mla_attention"]
+
+IMPLEMENTATIONS = {"xla": Implementation(xla.mla_attention)}  # fastest first
+ABSORBED_IMPLEMENTATIONS = {"xla": Implementation(xla.mla_absorbed_attention)}
+
+
+def mla_attention(
+    q_nope: Float[Array, "B T H N"],
+    q_shared: Float[Array, "B T H P"],
+    k_nope: Float[Array, "B S H N"],
+    k_shared: Float[Array, "B S P"],
+    v: Float[Array, "B S H V"],
+    *,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, ""] = 0,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H V"], Float[Array, "H"]]:
+    """Runs causal softmax attention in the expanded form: training and long prefills.
+
+    Logits are scale (q_nope . k_nope + q_shared . k_shared); query t sees keys s <= t + query_offset of its segment.
+
+    Args:
+      q_nope, q_shared, k_nope, k_shared, v: bfloat16, float16 or float32, one dtype.
+      scale: factor on the logits; None: (N + P)**-0.5.
+      segment_ids: int32; 0 is padding: zero output. An id stands for one document only, unlike in `chunk_kda`.
+      key_segment_ids: int32; 0 is padding or an unwritten slot, which nothing sees. None: `segment_ids`.
+      query_offset: int32, key index of the first query.
+      implementation: "auto" or "xla".
+
+    Returns:
+      (o in the dtype of v, largest logit per head that the mask let through, float32, without gradient; -1e30 if there
+      was none). Softmax and sums are float32; the probabilities are cast to the dtype of v before they meet it.
+
+    Raises:
+      ValueError: an argument has the wrong shape.
+      NotImplementedError: the implementation refuses these arguments.
+
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
+    """
+    B, T, H, N = q_nope.shape
+    S, P, V = k_nope.shape[1], q_shared.shape[-1], v.shape[-1]
+    expected = {
+        "q_shared": (q_shared, (B, T, H, P)),
+        "k_nope": (k_nope, (B, S, H, N)),
+        "k_shared": (k_shared, (B, S, P)),
+        "v": (v, (B, S, H, V)),
+    }
+    key_segment_ids = _check("mla_attention", expected, (B, T, S), segment_ids, key_segment_ids)
+    scale = (N + P) ** -0.5 if scale is None else scale
+    masks = {"segment_ids": segment_ids, "key_segment_ids": key_segment_ids, "query_offset": query_offset}
+    arrays = (q_nope, q_shared, k_nope, k_shared, v)
+    return call("mla_attention", IMPLEMENTATIONS, implementation, *arrays, scale=scale, **masks)
+
+
+def mla_absorbed_attention(
+    q_latent: Float[Array, "B T H R"],
+    q_shared: Float[Array, "B T H P"],
+    latent: Float[Array, "B S R"],
+    k_shared: Float[Array, "B S P"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, ""] = 0,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H R"], Float[Array, "H"]]:
+    """Runs the same attention on the latents themselves: one key and one value for all heads, for few queries.
+
+    The key up-projection is folded into `q_latent`; the caller applies the value up-projection to the result.
+    Arguments and results are those of `mla_attention`, with `latent` as key and as value.
+    """
+    B, T, H, R = q_latent.shape
+    S, P = latent.shape[1], q_shared.shape[-1]
+    expected = {
+        "q_shared": (q_shared, (B, T, H, P)),
+        "latent": (latent, (B, S, R)),
+        "k_shared": (k_shared, (B, S, P)),
+    }
+    key_segment_ids = _check("mla_absorbed_attention", expected, (B, T, S), segment_ids, key_segment_ids)
+    masks = {"segment_ids": segment_ids, "key_segment_ids": key_segment_ids, "query_offset": query_offset}
+    arrays = (q_latent, q_shared, latent, k_shared)
+    return call("mla_absorbed_attention", ABSORBED_IMPLEMENTATIONS, implementation, *arrays, scale=scale, **masks)
+
+
+def _check(op, expected, sizes, segment_ids, key_segment_ids):
+    B, T, S = sizes
+    if key_segment_ids is None and S == T:
+        key_segment_ids = segment_ids
+    if (segment_ids is None) != (key_segment_ids is None):
+        raise ValueError(f"{op}: with {T=} queries and {S=} keys give both segment_ids and key_segment_ids, or neither")
+    if segment_ids is not None:
+        expected |= {"segment_ids": (segment_ids, (B, T)), "key_segment_ids": (key_segment_ids, (B, S))}
+    wrong = [f"{name} has shape {x.shape}, must be {want}" for name, (x, want) in expected.items() if x.shape != want]
+    if wrong:
+        raise ValueError(f"{op}: " + "; ".join(wrong))
+    return key_segment_ids

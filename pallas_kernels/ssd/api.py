@@ -1,0 +1,74 @@
+"""Public entry of scalar-decay linear attention: signature, argument checks and the table of implementations."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.ssd import reference
+
+__all__ = ["IMPLEMENTATIONS", "chunk_ssd"]
+
+IMPLEMENTATIONS = {"reference": Implementation(reference.chunk_ssd)}  # fastest first
+
+
+def chunk_ssd(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    g: Float[Array, "B T HV"],
+    beta: Float[Array, "B T HV"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B HV V K"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+    tile: int | None = None,
+) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
+    """Runs Mamba2's recurrence over a whole sequence.
+
+    Per value head: S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T and o_t = scale S_t^T q_t.
+
+    Args:
+      q, k: queries and keys, bfloat16, float16 or float32.
+      v: values, same dtype; HV is a multiple of H, and value head h reads query head h // (HV // H).
+      g: log-decay in nats, float32, <= 0.
+      beta: step size per token and head.
+      scale: factor on the queries; None: K**-0.5.
+      initial_state: float32, V first; enters the first segment; None: zero.
+      segment_ids: int32; 0 is padding, which leaves the state alone, gives zero output and zero gradient, and may
+        hold anything. A token whose id differs from the last non-padding token before it starts from a zero state.
+      implementation: "auto", "chunked" or "reference".
+      tile: tokens per chunk of the chunked form; None: 64.
+
+    Returns:
+      (o in the dtype of v, state after the last non-padding token, float32). Differentiable in every array.
+
+    Raises:
+      ValueError: an argument has the wrong shape.
+      NotImplementedError: the implementation refuses these arguments.
+
+    Source: Mamba2, arXiv:2405.21060, with the step size of Kimi Linear, arXiv:2510.26692, table 6.
+    """
+    _check(q, k, v, g, beta, initial_state, segment_ids)
+    settings = {"initial_state": initial_state, "segment_ids": segment_ids, "tile": tile}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return call("chunk_ssd", IMPLEMENTATIONS, implementation, q, k, v, g, beta, scale=scale, **settings)
+
+
+def _check(q, k, v, g, beta, initial_state, segment_ids) -> None:
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"chunk_ssd: q {q.shape} and v {v.shape} must be [B, T, heads, dim]")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    if T < 1 or HV % H:
+        raise ValueError(f"chunk_ssd: needs T >= 1 and HV a multiple of H, got {T=}, {H=}, {HV=}")
+    expected = {"k": (k, q.shape), "v": (v, (B, T, HV, V)), "g": (g, (B, T, HV)), "beta": (beta, (B, T, HV))}
+    if initial_state is not None:
+        expected["initial_state"] = (initial_state, (B, HV, V, K))
+    if segment_ids is not None:
+        expected["segment_ids"] = (segment_ids, (B, T))
+    wrong = [f"{name} has shape {x.shape}, must be {want}" for name, (x, want) in expected.items() if x.shape != want]
+    if wrong:
+        raise ValueError("chunk_ssd: " + "; ".join(wrong))
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"chunk_ssd: segment_ids must be integers, got {segment_ids.dtype}")
