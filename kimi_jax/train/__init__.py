@@ -1,0 +1,1 @@
+"""Training: optimizers, loss, one compiled step, the loop, checkpoints and metrics."""

@@ -1,0 +1,315 @@
+"""The training loop: the only place that owns a while-loop, and the order in which a step's results are settled."""
+
+import collections
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kimi_jax.config.train import RunConfig, SkipNonFinite
+from kimi_jax.data.pipeline import Dataset, build_dataset
+from kimi_jax.errors import UserError
+from kimi_jax.train.checkpoint import CheckpointStore
+from kimi_jax.train.display import Display
+from kimi_jax.train.metrics import Sink, open_sinks, read_metrics
+from kimi_jax.train.optimizer import assignment_table
+from kimi_jax.train.plot import plot_loss
+from kimi_jax.train.run_dir import Resume, RunDir, claim, record_start
+from kimi_jax.train.signals import StopRequest, catch_stop_signals
+from kimi_jax.train.state import Recipe, State
+from kimi_jax.train.step import build_eval_step, build_train_step
+
+LAG_STEPS = 2  # steps the host may run ahead: the device always has the next one queued
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `train` ended."""
+
+    run_dir: RunDir
+    step: int
+    finished: bool
+    exit_code: int
+    """0, or 128 + the number of the signal that stopped the run."""
+    num_params: int
+    last: dict[str, Any]
+    """The last line of metrics.jsonl."""
+    compile_s: float | None
+    """Seconds of compilation of the training step; None if the run was finished before."""
+
+
+def train(cfg: RunConfig, run_dir: str | Path, resume: Resume = "auto") -> Result:
+    """Trains until `cfg.train.steps`, from the newest checkpoint in the run directory if there is one.
+
+    Args:
+      cfg: the run.
+      run_dir: made if need be.
+      resume: "auto" goes on if there is a checkpoint, "must" insists on one, "never" refuses a directory with a run.
+
+    Returns:
+      Where it ended: all steps done, or stopped by a signal after writing a checkpoint.
+
+    Raises:
+      UserError: the directory, the data or a checkpoint does not fit the config, or the loss stopped being finite.
+    """
+    with contextlib.ExitStack() as stack:
+        paths, changes = stack.enter_context(claim(Path(run_dir), cfg, resume))
+        store = stack.enter_context(CheckpointStore(paths.checkpoints, keep=cfg.train.checkpoints.keep))
+        step = store.latest_step or 0
+        if resume == "must" and not step:
+            raise UserError(f"run directory {paths.path}: --resume must, but there is no checkpoint in it")
+        recipe = Recipe(cfg)
+        if step >= cfg.train.steps:
+            return _already_finished(recipe, paths, step)
+        data = build_dataset(cfg.data, batch_size=cfg.train.batch_size)
+        _check_vocabulary(cfg, data)
+        display = stack.enter_context(Display(paths.log, steps=cfg.train.steps))
+        environment = record_start(paths, cfg)
+        _announce(display, recipe, paths, environment, step, changes)
+        sinks = open_sinks(cfg, paths, last_step=step)
+        for sink in sinks:
+            stack.callback(sink.close)
+        loop = _Loop(recipe, data, store, paths, display, sinks)
+        stack.callback(loop.iterator.close)
+        stop = stack.enter_context(catch_stop_signals())
+        loop.start(step)
+        loop.run(stop)
+        return loop.finish(stop)
+
+
+class _Loop:
+    """One process's part of a run, from `start` to `finish`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Dataset,
+        store: CheckpointStore,
+        paths: RunDir,
+        display: Display,
+        sinks: list[Sink],
+    ):
+        self.recipe, self.cfg, self.data, self.store = recipe, recipe.cfg.train, data, store
+        self.paths, self.display, self.sinks = paths, display, sinks
+        self.iterator = data.train_iterator()
+        self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self.meter = _Meter()
+        self.last: dict[str, Any] = {}
+        self.saved_step = self.skipped_in_a_row = self.total_tokens = 0
+
+    # -------------------------------------------------------------- start
+    def start(self, step: int) -> None:
+        """Compiles the step, then draws or restores the state."""
+        target = self.recipe.abstract_state()
+        self.compile_s = self._compile(target)
+        self.step = step
+        if not step:
+            self.state: State = jax.jit(self.recipe.init_state)(jax.random.key(self.cfg.seed))
+            return
+        restored = self.store.restore(step, target)
+        self.state, self.total_tokens, self.saved_step = restored.state, restored.metadata["total_tokens"], step
+        self.iterator.set_state(restored.position)
+
+    def _compile(self, target: State) -> float:
+        start = time.perf_counter()
+        rows, seq_len = self.cfg.batch_size, self.recipe.cfg.data.seq_len
+        dtypes = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_}
+        batch = {name: jax.ShapeDtypeStruct((rows, seq_len), dtype) for name, dtype in dtypes.items()}
+        step = jax.jit(build_train_step(self.recipe), donate_argnums=0).lower(target, batch)
+        self.train_step = step.compile()
+        self.eval_step = jax.jit(build_eval_step(self.recipe))
+        seconds = time.perf_counter() - start
+        memory = self.train_step.memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
+        self.display.print(f"compiled the training step in {seconds:.1f} s; it needs {peak / 2**20:,.0f} MiB")
+        return seconds
+
+    # -------------------------------------------------------------- steps
+    def run(self, stop: StopRequest) -> None:
+        """Takes steps until all are done or a signal comes; leaves a checkpoint of the last one."""
+        self.display.start_steps(self.step)
+        self.meter.start()
+        while self.step < self.cfg.steps and not stop:
+            self.state, metrics = self.train_step(self.state, dict(next(self.iterator)))
+            self.step += 1
+            self.pending.append((self.step, metrics))
+            last = self.step == self.cfg.steps
+            if last or self.step % self.cfg.validation.every == 0:
+                self._settle(keep=1)
+                self._settle(keep=0, validate=True)
+            if last or self.step % self.cfg.checkpoints.every == 0:
+                self._checkpoint()
+            self._settle(keep=LAG_STEPS)
+        if self.step > self.saved_step:
+            self._checkpoint()
+
+    def _settle(self, *, keep: int, validate: bool = False) -> None:
+        """Fetches, checks and reports finished steps, oldest first, until `keep` are pending."""
+        while len(self.pending) > keep:
+            step, on_device = self.pending.popleft()
+            record = {"step": step, **{name: x.item() for name, x in jax.device_get(on_device).items()}}
+            self._check_finite(record)
+            self.meter.add(record["tokens"])
+            self.total_tokens += record["tokens"]
+            record["total_tokens"] = self.total_tokens
+            if validate:
+                record |= self._validate()
+            self._report(record)
+
+    def _check_finite(self, record: dict[str, Any]) -> None:
+        bad = [f"{name} is {record[name]}" for name in ("loss_nats", "grad_norm") if not math.isfinite(record[name])]
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
+        if not bad:
+            return
+        rule, what = self.cfg.non_finite, f"step {record['step']}: {' and '.join(bad)}"
+        if not isinstance(rule, SkipNonFinite):
+            raise UserError(f"{what}; {self._last_good()}")
+        if self.skipped_in_a_row > rule.max_consecutive:
+            limit = f"more in a row than train.non_finite.max_consecutive={rule.max_consecutive}"
+            raise UserError(f"{what}; {limit}; {self._last_good()}")
+        self.display.print(f"{what}; step skipped")
+
+    def _last_good(self) -> str:
+        self.store.wait()
+        step = self.store.latest_step
+        return f"last good checkpoint: {self.store.path(step)}" if step else "no checkpoint was written before"
+
+    def _report(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        last = step == self.cfg.steps
+        logged = last or step == 1 or step % self.cfg.log_every == 0 or "validation_loss_nats" in record
+        if logged:
+            record |= self.meter.lap()
+            self.last = record
+            for sink in self.sinks:
+                sink.write(record)
+        self.display.show_step(record, logged=logged)
+
+    def _validate(self) -> dict[str, float]:
+        with self.meter.paused():
+            batches = self.data.validation_batches(self.cfg.validation.batches)
+            model = self.state["params"], self.state["buffers"]
+            sums = jax.device_get([self.eval_step(*model, dict(batch), self.data.token_bytes) for batch in batches])
+        tokens, size = (sum(int(s[name]) for s in sums) for name in ("tokens", "bytes"))
+        if not tokens:
+            return {}
+        nats = sum(float(s["loss_nats"]) for s in sums)
+        loss = {"validation_loss_nats": nats / tokens}
+        return loss | ({"validation_bits_per_byte": nats / math.log(2) / size} if size else {})
+
+    def _checkpoint(self) -> None:
+        """Starts a checkpoint of the current step, all of whose metrics are known to be finite or skipped."""
+        self._settle(keep=0)
+        with self.meter.paused():
+            metadata = {"total_tokens": self.total_tokens, "config": self.recipe.cfg.model_dump(mode="json")}
+            self.store.save(self.step, self.state, self.iterator.get_state(), metadata)
+            self.saved_step = self.step
+            self._plot()
+
+    def _plot(self) -> None:
+        plot_loss(read_metrics(self.paths.metrics), self.paths.loss_plot, title=self.paths.path.absolute().name)
+
+    # -------------------------------------------------------------- end
+    def finish(self, stop: StopRequest) -> Result:
+        """Waits for the checkpoint and says how it ended."""
+        self.store.wait()
+        finished = self.step == self.cfg.steps
+        rate = f"{self.meter.tokens_per_s:,.0f} tokens/s"
+        if finished:
+            self.display.print(f"finished {self.step} steps, {self.total_tokens:,} tokens, {rate}")
+        else:
+            again = "the same command goes on from there"
+            self.display.print(f"{stop.signal.name}: stopped after step {self.step} with a checkpoint; {again}")
+        return Result(
+            run_dir=self.paths,
+            step=self.step,
+            finished=finished,
+            exit_code=0 if finished else stop.exit_code,
+            num_params=_num_params(self.recipe),
+            last=self.last,
+            compile_s=self.compile_s,
+        )
+
+
+class _Meter:
+    """Tokens per second of training: pauses for validation, checkpoints and plots do not count."""
+
+    def __init__(self) -> None:
+        self.tokens = self.lap_tokens = 0
+        self.seconds = self.lap_seconds = 0.0
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def _stop(self) -> None:
+        seconds = time.perf_counter() - self._since
+        self.seconds += seconds
+        self.lap_seconds += seconds
+        self._since += seconds
+
+    @contextlib.contextmanager
+    def paused(self):
+        self._stop()
+        yield
+        self.start()
+
+    def add(self, tokens: int) -> None:
+        """Notes the tokens of a step that has just ended."""
+        self.tokens += tokens
+        self.lap_tokens += tokens
+
+    def lap(self) -> dict[str, float]:
+        """The rate since the last lap."""
+        self._stop()
+        rate = self.lap_tokens / self.lap_seconds
+        self.lap_tokens, self.lap_seconds = 0, 0.0
+        return {"tokens_per_s": rate}
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def _check_vocabulary(cfg: RunConfig, data: Dataset) -> None:
+    if cfg.model.vocab_size < data.vocab_size:
+        need = f"the {data.tokenizer.kind} tokenizer of the data has {data.vocab_size} tokens"
+        raise UserError(f"model.vocab_size={cfg.model.vocab_size} is too small: {need}")
+
+
+def _announce(
+    display: Display, recipe: Recipe, paths: RunDir, environment: dict[str, Any], step: int, changes: list[str]
+) -> None:
+    git = environment["git"]
+    source = f"{git['revision'][:10]}{' with changes' if git['dirty'] else ''}" if git else "unknown"
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    where = f"goes on from step {step}" if step else "starts"
+    display.print(
+        f"{paths.path}: {where}, {recipe.cfg.train.steps} steps, {_num_params(recipe):,} parameters, {devices}, "
+        f"jax {environment['packages']['jax']}, source {source}"
+    )
+    display.print(*(f"changed since the last time: {change}" for change in changes))
+    if not step:
+        display.print(assignment_table(recipe.assignments, recipe.cfg.optim.weight_decay))
+
+
+def _already_finished(recipe: Recipe, paths: RunDir, step: int) -> Result:
+    print(f"{paths.path}: finished, {step} of {recipe.cfg.train.steps} steps; nothing to do")
+    records = read_metrics(paths.metrics)
+    return Result(
+        run_dir=paths,
+        step=step,
+        finished=True,
+        exit_code=0,
+        num_params=_num_params(recipe),
+        last=records[-1] if records else {},
+        compile_s=None,
+    )
+
+
+def _num_params(recipe: Recipe) -> int:
+    return sum(math.prod(assignment.shape) for assignment in recipe.assignments.values())

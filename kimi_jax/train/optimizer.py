@@ -1,0 +1,150 @@
+"""Which optimizer, matrix axes and weight decay every parameter gets, and the update that follows from it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+from rich.table import Table
+
+from kimi_jax.config.optim import Muon, Optimizer
+from kimi_jax.train.muon import Matrix, scale_by_muon
+from kimi_jax.types import PyTree
+
+type Path = tuple[str | int, ...]
+type Axes = Sequence[str | None]
+
+BATCH_AXES = ("layers", "experts")  # leading ones: a stack of matrices, each updated on its own
+MERGED_AXES = ("heads", "head_dim")  # adjacent: one side of the matrix, as in Moonlight
+TABLE_AXES = ("vocab",)  # embedding and head: matrices that AdamW keeps
+FILTER_AXES = ("conv",)  # depthwise filters: no matrices at all
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """What one parameter gets; `matrix` is None for AdamW."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    matrix: Matrix | None
+    decay: bool
+
+    @property
+    def optimizer(self) -> Literal["muon", "adamw"]:
+        return "muon" if self.matrix else "adamw"
+
+
+def matrix_of(axes: Axes) -> Matrix | None:
+    """Reads a parameter's matrix axes off its logical axis names.
+
+    Leading "layers" and "experts" axes are batch, adjacent "heads" and "head_dim" are one side; what has then two sides
+    and is no convolution is a matrix: every projection, the router's among them, the embedding and the head.
+
+    Raises:
+      ValueError: three sides or more, so the names do not say which belong together.
+    """
+    batch = next((i for i, name in enumerate(axes) if name not in BATCH_AXES), len(axes))
+    sides: list[int] = []
+    for i, name in enumerate(axes[batch:], start=batch):
+        if sides and (axes[i - 1], name) == MERGED_AXES:
+            sides[-1] += 1
+        else:
+            sides.append(1)
+    if len(sides) > 2:
+        raise ValueError(f"parameter axes {tuple(axes)} form {len(sides)} sides; a matrix has 2, a vector 1")
+    if len(sides) < 2 or any(name in FILTER_AXES for name in axes):
+        return None
+    return Matrix(batch, *sides)
+
+
+def assign(cfg: Optimizer, params: PyTree, logical_axes: PyTree) -> dict[Path, Assignment]:
+    """Decides for every parameter.
+
+    Weight decay reaches matrices alone: no norm, gate parameter (a_log, dt_bias), bias or convolution.
+
+    Args:
+      cfg: optimizer kind.
+      params: nested dict of arrays or shapes.
+      logical_axes: the same dict with tuples of axis names.
+    """
+    axes = flatten_dict(logical_axes)
+    return {path: _assign_one(cfg, leaf.shape, axes[path]) for path, leaf in flatten_dict(params).items()}
+
+
+def _assign_one(cfg: Optimizer, shape: tuple[int, ...], axes: Axes) -> Assignment:
+    if len(axes) != len(shape):
+        raise ValueError(f"{len(axes)} axis names {tuple(axes)} for an array of shape {shape}")
+    matrix = matrix_of(axes)
+    for_muon = isinstance(cfg, Muon) and not any(name in TABLE_AXES for name in axes)
+    return Assignment(shape, tuple(axes), matrix if for_muon else None, decay=matrix is not None)
+
+
+def build_optimizer(cfg: Optimizer, assignments: Mapping[Path, Assignment]) -> optax.GradientTransformation:
+    """Builds the update direction; the caller subtracts learning rate times it.
+
+    Returns:
+      A transform over float32 nested dicts; its state is {"adamw": ..., "muon": ...}, each over the parameters it owns.
+    """
+    transforms = {"adamw": optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)}
+    if isinstance(cfg, Muon):
+        matrices = unflatten_dict({path: a.matrix for path, a in assignments.items() if a.matrix})
+        transforms["muon"] = scale_by_muon(
+            matrices, momentum=cfg.momentum, steps=cfg.newton_schulz_steps, update_rms=cfg.update_rms
+        )
+    decay = {path: cfg.weight_decay * a.decay for path, a in assignments.items()}
+
+    def owned(tree: PyTree, name: str) -> PyTree:
+        return unflatten_dict(
+            {path: x for path, x in flatten_dict(tree).items() if assignments[path].optimizer == name}
+        )
+
+    def init(params):
+        return {name: transform.init(owned(params, name)) for name, transform in transforms.items()}
+
+    def update(grads, state, params):
+        updates, new_state = {}, {}
+        for name, transform in transforms.items():
+            own, new_state[name] = transform.update(owned(grads, name), state[name], owned(params, name))
+            updates |= flatten_dict(own)
+        weights = flatten_dict(params)
+        return unflatten_dict({path: u + decay[path] * weights[path] for path, u in updates.items()}), new_state
+
+    return optax.GradientTransformation(init, update)
+
+
+def clip_by_global_norm(grads: PyTree, limit: float | None) -> tuple[PyTree, Float[Array, ""]]:
+    """Scales float32 gradients down to a global norm of `limit`; returns them and the norm before."""
+    norm = optax.tree.norm(grads)
+    if limit is None:
+        return grads, norm
+    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+    return jax.tree.map(lambda g: g * scale, grads), norm
+
+
+def assignment_table(assignments: Mapping[Path, Assignment], weight_decay: float) -> Table:
+    """The printed table: parameter, shape, optimizer, matrix, weight decay."""
+    table = Table(title="Optimizer of every parameter", title_justify="left")
+    columns: list[tuple[str, Any]] = [("parameter", "left"), ("shape", "left"), ("optimizer", "left")]
+    for name, justify in [*columns, ("matrix (rows x columns)", "left"), ("weight decay", "right")]:
+        table.add_column(name, justify=justify, overflow="fold")
+    for path, a in sorted(assignments.items(), key=lambda item: [str(part) for part in item[0]]):
+        decay = f"{weight_decay:g}" if a.decay and weight_decay else "-"
+        shape = " x ".join(map(str, a.shape))
+        table.add_row("/".join(map(str, path)), shape, a.optimizer, _describe(a), decay)
+    return table
+
+
+def _describe(a: Assignment) -> str:
+    if a.matrix is None:
+        return "-"
+    *batch, rows, columns = a.matrix.shape(a.shape)
+    split = a.matrix.batch + a.matrix.rows
+    names: Callable[[Axes], str] = lambda axes: "*".join(str(name) for name in axes)
+    sides = f"{names(a.axes[a.matrix.batch : split])} x {names(a.axes[split:])}"
+    stack = f"{math.prod(batch)} of " if batch else ""
+    return f"{stack}{rows} x {columns} ({sides})"

@@ -1,0 +1,91 @@
+"""plots/loss.png: the loss curves of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INK, TRAIN, VALIDATION, GRID = "#1f2430", "#3b6fb6", "#d1495b", "#e3e6ec"
+SMOOTH_FRACTION = 0.02  # half the window of the moving average, as a fraction of all points ...
+GROWTH = 0.1  # ... and of the points before it: a short window where the loss falls fast
+
+
+def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draws training loss (thin, and smoothed) and validation loss over steps.
+
+    Args:
+      records: of metrics.jsonl, steps ascending.
+      path: a PNG file, replaced as a whole.
+      title: above the plot.
+    """
+    # Imported here: a second of start-up time that a run without plots does not spend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train, validation = (_series(records, name) for name in ("loss_nats", "validation_loss_nats"))
+    if not len(train[0]):
+        return
+    figure = Figure(figsize=(8, 4.8), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    smooth = _smooth(train[1])
+    axes.plot(*train, color=TRAIN, linewidth=0.7, alpha=0.3)
+    axes.plot(train[0], smooth, color=TRAIN, linewidth=1.8, label="training, smoothed")
+    if len(validation[0]):
+        marker = "o" if len(validation[0]) <= 60 else ""
+        style = {"color": VALIDATION, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7}
+        axes.plot(*validation, marker=marker, linewidth=1.2, label="validation", zorder=3, **style)
+        _annotate_last(axes, records)
+    _style(axes, title)
+    axes.set_ylim(*_limits(train[1], smooth, validation[1]))
+    axes.set_xlim(0, train[0][-1] * 1.02)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    FigureCanvasAgg(figure).print_png(str(temporary))
+    temporary.replace(path)
+
+
+def _series(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return tuple(np.array(points, float).reshape(-1, 2).T)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average whose window grows with the step: it neither lags behind the steep start nor hides it."""
+    count = len(values)
+    at = np.arange(count)
+    half = np.minimum(GROWTH * at, SMOOTH_FRACTION * count).astype(int)
+    first, end = at - half, np.minimum(at + half + 1, count)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return (total[end] - total[first]) / (end - first)
+
+
+def _limits(train: np.ndarray, smooth: np.ndarray, validation: np.ndarray) -> tuple[float, float]:
+    """Shows every smoothed and validation point; a lone spike of the thin line may leave the frame."""
+    low = min(np.percentile(train, 0.5), smooth.min(), *validation)
+    high = max(np.percentile(train, 99.5), smooth.max(), *validation)
+    margin = 0.05 * max(high - low, 1e-3)
+    return low - margin, high + margin
+
+
+def _annotate_last(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+    last = [record for record in records if record.get("validation_loss_nats") is not None][-1]
+    text = f"{last['validation_loss_nats']:.3f} nats per token"
+    if last.get("validation_bits_per_byte") is not None:
+        text += f"\n{last['validation_bits_per_byte']:.3f} bits per byte"
+    at = (last["step"], last["validation_loss_nats"])
+    place = {"xytext": (-4, 14), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+    axes.annotate(text, at, color=VALIDATION, fontsize=9, **place)
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=10)
+    axes.set_xlabel("optimizer step", color=INK)
+    axes.set_ylabel("cross-entropy (nats per token)", color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
+    axes.legend(frameon=False, loc="upper right", labelcolor=INK)

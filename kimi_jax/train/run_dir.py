@@ -1,0 +1,197 @@
+"""What a run directory holds, which run may write into it, and what is recorded about its making."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from kimi_jax.config.load import dump, load
+from kimi_jax.config.train import RunConfig
+from kimi_jax.errors import UserError
+
+type Resume = Literal["auto", "never", "must"]
+
+PACKAGES = ("kimi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pydantic")
+ABSENT = "(absent)"
+
+# What may change when a run goes on: how long it is, how often it reports, and how (not what) it computes.
+FREE_KEYS = (
+    "train.steps",
+    "train.log_every",
+    "train.validation",
+    "train.checkpoints",
+    "train.non_finite",
+    "train.remat",
+    "train.loss_chunk",
+    "train.grad_accum",
+    "logging",
+)
+FREE_ENDINGS = (".implementation", ".chunk_size")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "plots" / "loss.png"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether steps were taken here: something that must not be lost."""
+        return any(self.checkpoints.glob("[0-9]*")) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
+
+    def load_config(self) -> RunConfig:
+        """Reads the resolved config of the run."""
+        return load(self.config, [], RunConfig)
+
+
+@contextlib.contextmanager
+def claim(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[tuple[RunDir, list[str]]]:
+    """Holds a run directory for one process, created if need be, after checking that the run may use it.
+
+    Yields:
+      The directory, and one line per config key that differs from the last time and may do so.
+
+    Raises:
+      UserError: it is no run directory, is in use, belongs to another config, or `resume` forbids it.
+    """
+    run_dir = RunDir(path)
+    _check_is_run_dir(run_dir, resume)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")  # noqa: SIM115 - held until the process ends or lets go
+    except OSError as error:
+        raise UserError(f"run directory {path}: cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"run directory {path}: another process is training in it") from error
+        yield run_dir, _check_config(run_dir, cfg) if run_dir.has_progress else []
+
+
+def _check_is_run_dir(run_dir: RunDir, resume: Resume) -> None:
+    path = run_dir.path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run directory {path}: is a file")
+    strangers = path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir())
+    if strangers and not run_dir.config.exists():
+        raise UserError(f"run directory {path}: holds files but no config.yaml, so it is no run; name another")
+    if resume == "never" and run_dir.has_progress:
+        raise UserError(f"run directory {path}: already holds a run, and --resume never does not overwrite one")
+
+
+def _check_config(run_dir: RunDir, cfg: RunConfig) -> list[str]:
+    differing = list(config_differences(run_dir.load_config(), cfg))
+    forbidden = [f"{key}: {was} there, {now} now" for key, was, now in differing if not _is_free(key)]
+    if forbidden:
+        first = f"run directory {run_dir.path}: belongs to another config; name another directory, or make equal:"
+        raise UserError([first, *(f"  {line}" for line in forbidden)])
+    return [f"{key}: {was} -> {now}" for key, was, now in differing]
+
+
+def _is_free(key: str) -> bool:
+    return key.endswith(FREE_ENDINGS) or any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def config_differences(was: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted key, value, value) for each leaf in which two configs differ."""
+    old, new = (dict(_leaves(cfg.model_dump(mode="json"))) for cfg in (was, now))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key, ABSENT) != new.get(key, ABSENT):
+            yield key, old.get(key, ABSENT), new.get(key, ABSENT)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, child in value.items():
+            yield from _leaves(child, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file under a temporary name, then renames it: a reader sees the old text or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Source revision, package versions and devices, for environment.json."""
+    return {
+        "git": _git_revision(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "backend": jax.default_backend(),
+        "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
+        "process_count": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def record_start(run_dir: RunDir, cfg: RunConfig) -> dict[str, Any]:
+    """Writes config.yaml and environment.json; returns the latter's content."""
+    environment = describe_environment()
+    write_whole(run_dir.config, dump(cfg))
+    write_whole(run_dir.environment, json.dumps(environment, indent=2) + "\n")
+    return environment
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> dict[str, Any] | None:
+    """Revision and whether tracked files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,52 @@
+"""The training state: one nested dict of arrays, and what is fixed around it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from kimi_jax.config.train import RunConfig
+from kimi_jax.models import decoder
+from kimi_jax.train.optimizer import Assignment, Path, assign, build_optimizer
+
+type State = dict[str, Any]
+"""params and buffers (float32), opt_state, step (int32 scalar: batches consumed, skipped ones included)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run's config fixes: the module's structure, the optimizer of every parameter."""
+
+    cfg: RunConfig
+
+    @cached_property
+    def _abstract(self) -> tuple[nnx.GraphDef, Any, Any]:
+        return decoder.abstract(self.cfg.model)
+
+    @property
+    def graphdef(self) -> nnx.GraphDef:
+        return self._abstract[0]
+
+    @cached_property
+    def assignments(self) -> dict[Path, Assignment]:
+        """Optimizer, matrix axes and weight decay by parameter."""
+        return assign(self.cfg.optim, self._abstract[1], decoder.logical_axes(self.cfg.model))
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return build_optimizer(self.cfg.optim, self.assignments)
+
+    def init_state(self, key: Array) -> State:
+        """Draws the state before the first step; may be jitted. `key` is a typed PRNG key."""
+        _, params, buffers = decoder.init(self.cfg.model, key)
+        opt_state = self.optimizer.init(params)
+        return {"params": params, "buffers": buffers, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
+
+    def abstract_state(self) -> State:
+        """The state as shapes and dtypes."""
+        return jax.eval_shape(self.init_state, jax.random.key(0))

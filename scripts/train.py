@@ -1,0 +1,43 @@
+"""Trains one model: python scripts/train.py CONFIG.yaml [a.b=c ...]."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from kimi_jax.config.load import dump, json_schema, load
+from kimi_jax.config.train import RunConfig
+from kimi_jax.errors import exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train one model from a config file.")
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="replaces one value of the config")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/<name of the config file>")
+    parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help="default: auto")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--json-schema", action="store_true", help="print the schema of config files and stop")
+    arguments = parser.parse_intermixed_args()
+    if not arguments.config and not arguments.json_schema:
+        parser.error("name a config file")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.json_schema:
+        print(json.dumps(json_schema(RunConfig), indent=2))
+        return 0
+    cfg = load(arguments.config, arguments.overrides, RunConfig)
+    if arguments.print_config:
+        print(dump(cfg), end="")
+        return 0
+    from kimi_jax.train.loop import train  # after the config is known to be right: this imports jax
+
+    return train(cfg, arguments.run_dir or Path("runs") / arguments.config.stem, arguments.resume).exit_code
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit(main())

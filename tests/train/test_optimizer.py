@@ -1,0 +1,150 @@
+"""Muon against Moonlight's published update in numpy, and which parameter gets which optimizer."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+from rich.console import Console
+
+from kimi_jax.config.optim import AdamW, Muon
+from kimi_jax.train.muon import Matrix, orthogonalize, scale_by_muon
+from kimi_jax.train.optimizer import assign, assignment_table, build_optimizer, clip_by_global_norm, matrix_of
+
+MUON = Muon(peak_lr=1e-2)
+
+# name -> (axes, shape, matrix)
+PARAMETERS = {
+    "embed": (("vocab", "embed"), (11, 8), None),
+    "head": (("embed", "vocab"), (8, 11), None),
+    "norm": (("layers", "embed"), (3, 8), None),
+    "q": (("layers", "embed", "heads", "head_dim"), (3, 8, 2, 6), Matrix(1, 1, 2)),
+    "o": (("heads", "head_dim", "embed"), (2, 6, 8), Matrix(0, 2, 1)),
+    "experts": (("layers", "experts", "embed", "ffn"), (2, 3, 8, 4), Matrix(2, 1, 1)),
+    "router": (("layers", "embed", "experts"), (2, 8, 3), Matrix(1, 1, 1)),
+    "a_log": (("heads",), (2,), None),
+    "dt_bias": (("layers", "heads", "head_dim"), (3, 2, 6), None),
+    "conv": (("heads", "head_dim", "conv"), (2, 6, 4), None),
+}
+DECAYED = {"embed", "head", "q", "o", "experts", "router"}
+
+
+def _parameters(seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: {"w": jnp.asarray(rng.normal(size=s), jnp.float32)} for name, (_, s, _) in PARAMETERS.items()}
+
+
+def _axes():
+    return {name: {"w": axes} for name, (axes, _, _) in PARAMETERS.items()}
+
+
+def _moonlight_step(weight, grad, buffer, lr, cfg):
+    """One 2-D step as Moonlight's script does it, in float64."""
+    buffer = cfg.momentum * buffer + grad
+    x = grad + cfg.momentum * buffer
+    transposed = x.shape[0] > x.shape[1]
+    x = x.T if transposed else x
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(cfg.newton_schulz_steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    x = x.T if transposed else x
+    weight = weight * (1 - lr * cfg.weight_decay) - lr * 0.2 * np.sqrt(max(x.shape)) * x
+    return weight, buffer
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 1.5e-1)])  # measured X
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (12, 12)])
+def test_three_steps_equal_moonlights(shape, dtype, tolerance):
+    rng = np.random.default_rng(1)
+    weight = rng.normal(size=shape)
+    transform = scale_by_muon({"w": Matrix(0, 1, 1)}, momentum=0.95, steps=5, update_rms=0.2, dtype=dtype)
+    got = {"w": jnp.asarray(weight, jnp.float32)}
+    state, buffer, lr = transform.init(got), np.zeros(shape), 0.02
+    for _ in range(3):
+        grad = rng.normal(size=shape) * rng.lognormal(size=(shape[0], 1))
+        weight, buffer = _moonlight_step(weight, grad, buffer, lr, MUON)
+        updates, state = transform.update({"w": jnp.asarray(grad, jnp.float32)}, state)
+        got["w"] = got["w"] - lr * (updates["w"] + MUON.weight_decay * got["w"])
+    moved = lr * 0.2 * np.sqrt(max(shape))
+    print("MEAS", np.abs(got["w"] - weight).max() / moved)
+    assert np.abs(got["w"] - weight).max() / moved < tolerance
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 48), (2, 2, 48, 16), (64, 64)])
+def test_update_is_orthogonal_and_has_one_rms(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    factor = orthogonalize(x)
+    values = np.linalg.svd(np.asarray(factor), compute_uv=False)
+    assert values.min() > 0.3 and values.max() < 1.3, "the quintic leaves singular values near, not at, one"
+    rms = 0.2 * np.sqrt(max(shape[-2:])) * np.sqrt(np.mean(np.square(factor)))
+    assert rms == pytest.approx(0.2 * np.sqrt(min(shape[-2:]) * max(shape[-2:]) / np.prod(shape[-2:])), rel=0.15)
+
+
+def test_every_parameter_is_assigned_and_the_table_shows_it():
+    params = _parameters()
+    assignments = assign(MUON, params, _axes())
+    assert set(assignments) == set(flatten_dict(params))
+    assert {name: assignments[name, "w"].matrix for name in PARAMETERS} == {n: m for n, (*_, m) in PARAMETERS.items()}
+    assert {path[0] for path, a in assignments.items() if a.decay} == DECAYED
+    console = Console(width=200, file=io.StringIO())
+    console.print(assignment_table(assignments, 0.1))
+    text = console.file.getvalue()
+    for path, a in assignments.items():
+        (line,) = [line for line in text.splitlines() if f" {'/'.join(path)} " in line]
+        assert f" {a.optimizer} " in line and ("0.1" in line) == a.decay
+    assert "6 of 8 x 4 (embed x ffn)" in text and "12 x 8 (heads*head_dim x embed)" in text
+
+
+def test_adamw_takes_everything():
+    assignments = assign(AdamW(peak_lr=1e-3), _parameters(), _axes())
+    assert {a.optimizer for a in assignments.values()} == {"adamw"}
+    assert {path[0] for path, a in assignments.items() if a.decay} == DECAYED
+
+
+def test_axes_that_do_not_say_which_form_the_matrix():
+    with pytest.raises(ValueError, match=r"'embed', 'rank', 'ffn'.* form 3 sides"):
+        matrix_of(("embed", "rank", "ffn"))
+    with pytest.raises(ValueError, match="2 axis names"):
+        assign(MUON, {"w": jnp.zeros((2, 3, 4))}, {"w": ("embed", "ffn")})
+
+
+def test_stacked_equals_separate():
+    params, grads = _parameters(0), _parameters(1)
+    stacked = build_optimizer(MUON, assign(MUON, params, _axes()))
+    updates, _ = jax.jit(stacked.update)(grads, stacked.init(params), params)
+    for name in ("q", "experts", "router"):
+        axes, shape, matrix = PARAMETERS[name]
+        for index in np.ndindex(*shape[: matrix.batch]):
+            one = {name: {"w": params[name]["w"][index]}}
+            separate = build_optimizer(MUON, assign(MUON, one, {name: {"w": axes[matrix.batch :]}}))
+            want, _ = separate.update({name: {"w": grads[name]["w"][index]}}, separate.init(one), one)
+            # bfloat16 products: one rounding apart, compiled or not (measured 8e-3 of the update's size)
+            np.testing.assert_allclose(updates[name]["w"][index], want[name]["w"], atol=3e-2)
+
+
+def test_adamw_part_equals_optax():
+    params, grads = _parameters(0), _parameters(1)
+    cfg = AdamW(peak_lr=1e-3, weight_decay=0.1)
+    ours = build_optimizer(cfg, assign(cfg, params, _axes()))
+    decayed = {name: {"w": name in DECAYED} for name in PARAMETERS}
+    theirs = optax.adamw(1.0, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=0.1, mask=decayed)
+    state, their_state = ours.init(params), theirs.init(params)
+    for _ in range(2):
+        updates, state = ours.update(grads, state, params)
+        their_updates, their_state = theirs.update(grads, their_state, params)
+        for got, want in zip(jax.tree.leaves(updates), jax.tree.leaves(their_updates), strict=True):
+            np.testing.assert_allclose(got, -want, rtol=1e-6)
+
+
+def test_clipping():
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}
+    clipped, norm = clip_by_global_norm(grads, 1.0)
+    assert norm == 5.0
+    np.testing.assert_allclose([clipped["a"][0], clipped["b"][0, 0]], [0.6, 0.8], rtol=1e-6)
+    assert clip_by_global_norm(grads, 10.0)[0]["a"][0] == 3.0
+    assert clip_by_global_norm(grads, None)[0] is grads
+    assert clip_by_global_norm(jax.tree.map(jnp.zeros_like, grads), 1.0)[0]["a"][0] == 0.0
