@@ -1,0 +1,185 @@
+"""Public entry of generation: a model that continues text."""
+
+import codecs
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from kimi_jax.data.tokenizers import Tokenizer
+from kimi_jax.errors import UserError
+from kimi_jax.generate.decode import decode_step, next_token
+from kimi_jax.generate.prefill import cut_pieces, init_state, padded_length, prefill_piece, round_length
+from kimi_jax.generate.sampling import make_rule
+from kimi_jax.interop.saved_model import SavedModel, load_model
+from kimi_jax.models.decoder import abstract
+
+FINISHED = -1  # stands where a row has no token any more
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to continue a text.
+
+    Attributes:
+      max_new_tokens: >= 1; a text also ends at a stop token of the model.
+      temperature, top_p, top_k: as in `kimi_jax.generate.sampling.make_rule`.
+      seed: of the first prompt of a batch; prompt i has seed + i, and draws what it would draw alone with that seed.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        make_rule(self.temperature, self.top_p, self.top_k)
+
+
+class Completion(NamedTuple):
+    """What followed one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Without the stop token."""
+    ended_by: Literal["stop", "length"]
+
+
+class Completions(NamedTuple):
+    """What followed the prompts of a batch, and how long it took; the times include compilation when it was needed."""
+
+    completions: tuple[Completion, ...]
+    prefill_s: float
+    """Seconds until the first token of each row."""
+    decode_s: float
+    """Seconds for all others."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all rows after their first, per second."""
+        return sum(max(len(c.token_ids) - 1, 0) for c in self.completions) / max(self.decode_s, 1e-9)
+
+
+class Generator:
+    """Continues prompts with one model.
+
+    Compiles once per batch size and (power of two of) length; every further call reuses that.
+    """
+
+    def __init__(self, model: SavedModel):
+        if model.tokenizer is None:
+            raise UserError("generate: the checkpoint has no tokenizer (tokenizer.json or tiktoken.model)")
+        self.cfg, self.tokenizer, self.stop_ids = model.cfg, model.tokenizer, model.stop_ids
+        self._weights = (model.params, model.buffers)
+        graphdef = abstract(model.cfg)[0]
+        bind = functools.partial
+        num_tokens = min(model.tokenizer.vocab_size, model.cfg.vocab_size)
+        self._init = jax.jit(bind(init_state, graphdef), static_argnames=("batch", "slots"))
+        self._prefill = jax.jit(bind(prefill_piece, graphdef), donate_argnames=("caches", "last_BD"))
+        self._decode = jax.jit(bind(decode_step, graphdef), donate_argnames=("caches",))
+        self._pick = jax.jit(bind(next_token, graphdef, num_tokens=num_tokens))
+
+    def stream(self, prompt: str, settings: Settings = Settings()) -> Iterator[str]:
+        """Yields the text that follows a prompt as it comes, one (possibly empty) piece per token.
+
+        Raises:
+          UserError: the prompt is empty, or holds a token that the model does not know.
+        """
+        text = _TextStream(self.tokenizer)
+        for tokens_B in self.steps([self.encode(prompt)], settings):
+            token = int(tokens_B[0])
+            if token in self.stop_ids:
+                break
+            yield text.add(token)
+        yield text.finish()
+
+    def generate(self, prompts: Sequence[str], settings: Settings = Settings()) -> Completions:
+        """Continues a batch of prompts; each row gets what it would get alone.
+
+        Raises:
+          UserError: as in `stream`.
+        """
+        start = time.perf_counter()
+        rows: list[list[int]] = [[] for _ in prompts]
+        first = start
+        for step, tokens_B in enumerate(self.steps([self.encode(prompt) for prompt in prompts], settings)):
+            first = time.perf_counter() if step == 0 else first
+            for row, token in zip(rows, tokens_B.tolist(), strict=True):
+                if token != FINISHED:
+                    row.append(token)
+        return Completions(tuple(map(self._complete, rows)), first - start, time.perf_counter() - first)
+
+    def _complete(self, tokens: list[int]) -> Completion:
+        stopped = tokens[-1] in self.stop_ids
+        kept = tuple(tokens[:-1] if stopped else tokens)
+        return Completion(self.tokenizer.decode(kept), kept, "stop" if stopped else "length")
+
+    def encode(self, prompt: str) -> Int[np.ndarray, "N"]:
+        """Encodes a prompt; names of special tokens in it become those tokens."""
+        ids = self.tokenizer.encode(prompt, specials=True)
+        if not len(ids):
+            raise UserError("prompt: is empty; must have at least one token")
+        if ids.max() >= self.cfg.vocab_size:
+            raise UserError(f"prompt: token {ids.max()} is outside the model's vocabulary of {self.cfg.vocab_size}")
+        return ids
+
+    def steps(self, prompts: Sequence[Int[np.ndarray, "N"]], settings: Settings) -> Iterator[Int[np.ndarray, "B"]]:
+        """Yields the next token of every row, `FINISHED` behind a stop token, until all rows are finished.
+
+        Args:
+          prompts: token ids, at least one each.
+          settings: how to continue.
+        """
+        rule = make_rule(settings.temperature, settings.top_p, settings.top_k)
+        keys_B = jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + np.uint32(settings.seed))
+        slots = round_length(padded_length(max(map(len, prompts))) + settings.max_new_tokens)
+        caches, last_BD = self._init(*self._weights, batch=len(prompts), slots=slots)
+        for tokens_BT, segment_ids_BT in cut_pieces(prompts):
+            caches, last_BD = self._prefill(*self._weights, caches, last_BD, tokens_BT, segment_ids_BT)
+        finished_B = np.zeros(len(prompts), bool)
+        for step in range(settings.max_new_tokens):
+            tokens_B = self._pick(*self._weights, last_BD, keys_B, jnp.int32(step), rule)
+            if step + 1 < settings.max_new_tokens:  # dispatched before this step's tokens are waited for
+                caches, last_BD = self._decode(*self._weights, caches, tokens_B)
+            known_B = np.where(finished_B, FINISHED, np.asarray(tokens_B))
+            yield known_B
+            finished_B |= np.isin(known_B, self.stop_ids)
+            if finished_B.all():
+                return
+
+
+class _TextStream:
+    """Turns tokens into text as they come; holds back the bytes of a character that is not complete."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def load_generator(path: str | Path, *, step: int | None = None) -> Generator:
+    """Opens a run directory or a public checkpoint for generation.
+
+    Args:
+      path: a directory with config.yaml and checkpoints, or with config.json and safetensors.
+      step: of a run's checkpoint; None: the newest.
+
+    Raises:
+      UserError: neither of both, or one that is incomplete or damaged.
+    """
+    return Generator(load_model(path, step=step))
