@@ -1,0 +1,594 @@
+"""Backward of KDA on Hopper in Pallas Mosaic GPU: the reverse chain over chunks, and the gradients inside every chunk."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mosaic
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+from jaxtyping import Array, Float
+
+from pallas_kernels.kda.gates import Gate, LowerBoundGate
+from pallas_kernels.kda.mirror_vjp import LEVELS, LN2, LOG2E, PADDING, RESET, C, cotangent_scale
+
+W = plgpu.Layout.WGMMA
+ROW, COL = W.reduce(1), W.reduce(0)  # layouts of one value per row, per column
+f16, bf16, f32, i32, u32 = jnp.float16, jnp.bfloat16, jnp.float32, jnp.int32, jnp.uint32
+SLAB = 64  # columns that one warpgroup owns
+NUM_CTAS = 132  # multiprocessors of an H100; the chunk-parallel kernel is persistent
+_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def _tile(*shape, dtype=f16):
+    return plgpu.SMEM(shape, dtype, transforms=_SWIZZLED)
+
+
+def _products(*groups, shape=(C, SLAB)):
+    """Each group, a list of (A, B) pairs, is summed in an accumulator of its own; all are in flight together."""
+
+    def body(*accs):
+        for acc, pairs in zip(accs, groups):
+            for a, b in pairs:
+                plgpu.wgmma(acc, a, b)
+        plgpu.wgmma_wait(0)
+        return tuple(acc[...] for acc in accs)
+
+    return pl.run_scoped(body, *[plgpu.ACC(shape, f32)] * len(groups))
+
+
+@plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), i32, None))
+def _hidden_zero(ctx):
+    """Zero, but not to the compiler.
+
+    Indices made from it keep addresses and masks out of the registers that live across the whole kernel, where the
+    compiler would hoist hundreds of them. And a register operand of wgmma that folds to a constant has given wrong
+    results, so the masks among them are made from it too.
+    """
+    del ctx
+    value = llvm.inline_asm(ir.IntegerType.get_signless(32), [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+    return mosaic.FragmentedArray.splat(value, (), is_signed=True)
+
+
+def _rows(x, shape=(C, SLAB)):
+    return lax.broadcast_in_dim(x, shape, (0,))
+
+
+def _columns(x, shape=(C, SLAB)):
+    return lax.broadcast_in_dim(x, shape, (1,))
+
+
+# ---------------------------------------------------------------------------------------------------- reverse chain
+
+
+def reverse_chain(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal, *, stages=2):
+    """See `mirror_vjp.reverse`, with [B * HV, NT, ...] for [B, HV, NT, ...].
+
+    Here `do` is unscaled, [B,T,HV,V], `do_scale` [B*HV,NT,C] is 0 at padding, and `dfinal` is [B*HV,V,K].
+    """
+    heads, NT, _, K = kg.shape
+    HV, V = do.shape[2:]
+    num_wgs, state_rows = V // SLAB, (SLAB, K)
+
+    def kernel(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal, ds_out, p_out, dinitial, ds_stage, p_stage):
+        bh, wg = lax.axis_index("head"), lax.axis_index("wg")
+        b, h = lax.div(bh, HV), lax.rem(bh, HV)
+        values = pl.ds(wg * SLAB, SLAB)
+
+        def compute(pipeline):
+            ds = plgpu.load(dfinal.at[bh, values], layout=W, optimized=False)
+            dinitial.at[bh, values][...] = pipeline(ds)
+            plgpu.wait_smem_to_gmem(0)
+
+        def chunk(index, kg_s, kr_s, qg_s, t_s, aqk_s, gamma_s, beta_s, scale_s, do_s, ds):
+            n = NT - 1 - index[0]
+            ds16 = ds.astype(f16)
+            scale = _columns(plgpu.load(scale_s, layout=COL))
+            do_t = plgpu.load(do_s.at[:, values].T, layout=W).astype(f32)
+            do_t = jnp.where(scale > 0.0, do_t * scale, 0.0).astype(f16)
+            (dvn,) = _products([(do_t, aqk_s), (ds16, kr_s.T)])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            ds_stage.at[wg][...] = ds16
+            (p,) = _products([(dvn.astype(f16), t_s)])
+            dv = (-p * _columns(plgpu.load(beta_s, layout=COL))).astype(f16)
+            p_stage.at[wg].T[...] = p.astype(f16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(ds_stage.at[wg], ds_out.at[bh, n, values])
+            plgpu.copy_smem_to_gmem(p_stage.at[wg], p_out.at[bh, n, :, values])
+
+            def accumulate(acc):
+                plgpu.wgmma(acc, do_t, qg_s)
+                plgpu.wgmma(acc, dv, kg_s)
+
+            kept = ds * _columns(plgpu.load(gamma_s, layout=COL), state_rows)
+            return pl.run_state(accumulate)(plgpu.ACC.init(kept))
+
+        skip = pl.Squeezed()
+        block = lambda shape, index, transforms=_SWIZZLED: plgpu.BlockSpec(shape, index, transforms=transforms)
+        at = lambda i: (bh, NT - 1 - i, 0, 0)
+        vector = lambda size: block((skip, skip, size), lambda i: (bh, NT - 1 - i, 0), ())
+        plgpu.emit_pipeline_warp_specialized(
+            chunk,
+            grid=(NT,),
+            memory_registers=40,
+            max_concurrent_steps=stages,
+            wg_axis="wg",
+            num_compute_wgs=num_wgs,
+            compute_context=compute,
+            in_specs=[block((skip, skip, C, K), at)] * 3
+            + [block((skip, skip, C, C), at)] * 2
+            + [vector(K), vector(C), vector(C), block((skip, C, skip, V), lambda i: (b, NT - 1 - i, h, 0))],
+            out_specs=[],
+        )(kg, kr, qg, t, aqk, gamma, beta, do_scale, do)
+
+    launch = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((heads, NT, V, K), f16),
+            jax.ShapeDtypeStruct((heads, NT, C, V), f16),
+            jax.ShapeDtypeStruct((heads, V, K), f32),
+        ),
+        grid=(heads,),
+        grid_names=("head",),
+        num_threads=num_wgs + 1,
+        thread_name="wg",
+        scratch_types=[_tile(num_wgs, SLAB, K), _tile(num_wgs, C, SLAB)],
+    )
+    return launch(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal)
+
+
+# ------------------------------------------------------------------------------------- gradients inside a chunk
+
+
+class _GateKind(NamedTuple):
+    """What the kernel must know of a gate when it is built; `bound` is None for the softplus gate."""
+
+    raw: bool  # False: the input is the log-decay itself, already float16 in base 2
+    bound: float | None = None
+
+
+def _gate(kind: _GateKind, raw, bias2, rate):
+    """(base-2 log-decay, its slope in nats by the logit, gradient of log rate as a function of (dg, draw))."""
+    z2 = raw * LOG2E + bias2
+    if kind.bound is None:
+        root = lax.rsqrt(1.0 + jnp.exp2(-z2))  # 1 / (1 + x) as a squared rsqrt: no division
+        g2 = -rate * (jnp.maximum(z2, 0.0) + lax.log(1.0 + jnp.exp2(-jnp.abs(z2))) * LOG2E)
+        return g2, lambda: -rate * (root * root), lambda dg, draw: dg * (g2 * LN2)
+    root = lax.rsqrt(1.0 + jnp.exp2(-rate * z2))
+    s = root * root
+    return (
+        (kind.bound * LOG2E) * s,
+        lambda: (kind.bound * rate) * (s - s * s),
+        lambda dg, draw: draw * (z2 * LN2),
+    )
+
+
+def _level_masks(level, I, J):
+    """At one level of blocks: which gates row i sums, which rows are in odd blocks, which pairs belong to the level."""
+    block = jnp.int32(1) << level
+    odd = (I & block) != 0
+    first = jnp.where(odd, I & -block, I) + 1
+    num = jnp.where(odd, I & (block - 1), block - (I & (block - 1)))
+    sums = (J - first).astype(u32) < num.astype(u32)
+    return sums, odd, ((I ^ J) & -block) == block
+
+
+def _one_where(mask, dtype=f16):
+    return jnp.where(mask, 1.0, 0.0).astype(dtype)
+
+
+# rows of the per-token weights
+BETA, DO_SCALE, UNSCALE, DG_UNSCALE, CODE = range(5)
+NUM_WEIGHTS = 5
+# vectors of 64 numbers that every warpgroup has in shared memory: halves of row sums, then columns; two rows for the last two
+Q_SQUARE, K_SQUARE, Q_DOT, K_DOT, DBETA, DBETA_TOTAL, GAMMA, BOUNDARY, SUMS, _, PAR, _ = range(12)
+NUM_SLOTS = 12
+
+
+def _chunk_kernel(
+    q_g, k_g, raw_g, do_g, p_g, r_g, h_g, ds_g, t_g, gamma_g, weight_g, par_g,  # inputs
+    dq_o, dk_o, dv_o, draw_o, dbeta_o, sums_o,  # outputs
+    q_s, k_s, raw_s, g2_s, pair_s, r_s, h_s, ds_s, t_s, work_s,  # tiles
+    vector_s,  # vectors of 64 numbers
+    early_bar, r_bar, inputs_bar, sync_bar, turn_bar,
+    *, sizes, kind: _GateKind, scale, normalize_qk, packed,
+):  # fmt: skip
+    """One persistent CTA; warpgroup wg owns 64 key columns (and 64 value columns) of every chunk it visits.
+
+    What the next chunk needs is loaded as soon as its buffer is free: `early` (cotangents, states) before the level
+    loop, which hides it; r after that loop; q, k and the gate at the end.
+    """
+    B, NT, H, HV, num_wgs = sizes
+    own, first = lax.axis_index("wg"), lax.axis_index("cta")
+    total = B * NT * HV
+    num_ctas = min(NUM_CTAS, total)
+    slab = pl.ds(own * SLAB, SLAB)
+    here = lambda: own + _hidden_zero()  # asked for anew in every stage
+    wgs = range(num_wgs)
+    jobs = [own] if num_wgs == 2 else [0, 1]  # the gradient of Aqk, of L: one for each warpgroup
+    (q_in, q16), (k_in, k16), (pair_in, pair16) = q_s, k_s, pair_s
+    (work_in, work16, work_b), (raw_in, draw_s) = work_s, raw_s
+    def positions():
+        iota = lambda axis: plgpu.broadcasted_iota(i32, (C, C), axis, layout=W) + _hidden_zero()
+        return iota(0), iota(1)
+
+    def where(c):
+        h, rest = lax.rem(c, HV), lax.div(c, HV)
+        n, b = lax.rem(rest, NT), lax.div(rest, NT)
+        return b, n, h, b * HV + h, pl.ds(n * C, C)
+
+    def only(which, f):
+        f() if num_wgs == 1 else pl.when(own == which)(f)
+
+    def load_early(c, parity):
+        wg = own
+        b, n, h, bh, rows = where(c)
+        plgpu.copy_gmem_to_smem(do_g.at[b, rows, h, slab], pair_in.at[0, wg], early_bar)
+        plgpu.copy_gmem_to_smem(p_g.at[bh, n, :, slab], pair16.at[1, wg], early_bar)
+        plgpu.copy_gmem_to_smem(h_g.at[bh, n, :, slab], h_s.at[wg], early_bar)
+        plgpu.copy_gmem_to_smem(ds_g.at[bh, n, :, slab], ds_s.at[wg], early_bar)
+
+        @functools.partial(only, 0)
+        def _():
+            plgpu.copy_gmem_to_smem(t_g.at[bh, n], t_s, early_bar)
+            plgpu.copy_gmem_to_smem(weight_g.at[bh, n], vector_s.at[pl.ds(parity * NUM_WEIGHTS, NUM_WEIGHTS)], early_bar)
+
+    def load_r(c):
+        wg = own
+        _, n, _, bh, _ = where(c)
+        plgpu.copy_gmem_to_smem(r_g.at[bh, n, :, slab], r_s.at[wg], r_bar)
+
+    def load_inputs(c):
+        wg = own
+        b, n, h, bh, rows = where(c)
+        head = h if H == HV else lax.div(h, HV // H)
+        plgpu.copy_gmem_to_smem(q_g.at[b, rows, head, slab], q_in.at[wg], inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(k_g.at[b, rows, head, slab], k_in.at[wg], inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(raw_g.at[b, rows, h, slab], raw_in.at[wg], inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(gamma_g.at[bh, n, wg], gamma_s, inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(par_g.at[h, wg], par_s, inputs_bar.at[wg])
+
+    def sync(i):
+        """Every warpgroup has done what precedes, and its writes are seen by all, the copy engine included."""
+        plgpu.commit_smem()
+        if num_wgs == 2:
+            plgpu.barrier_arrive(sync_bar.at[i])
+            plgpu.barrier_wait(sync_bar.at[i])
+
+    def column_sums(x):
+        """Sum over rows. It goes through one scratch buffer per CTA: the warpgroups take turns."""
+        if num_wgs == 2:
+            pl.when(own == 1)(lambda: plgpu.barrier_wait(turn_bar))
+        sums = jnp.sum(x, 0)
+        if num_wgs == 2:
+            pl.when(own == 0)(lambda: plgpu.barrier_arrive(turn_bar))
+        return sums
+
+    slot_s = lambda slot, i: vector_s.at[2 * NUM_WEIGHTS + slot * num_wgs + i]
+    gamma_s, boundary_s = slot_s(GAMMA, own), slot_s(BOUNDARY, own)
+    pair_of_rows = lambda slot: vector_s.at[pl.ds(2 * NUM_WEIGHTS + slot * num_wgs + 2 * own, 2)]
+    sums_s, par_s = pair_of_rows(SUMS), pair_of_rows(PAR)
+    diagonal_s = slot_s(NUM_SLOTS, 0)
+    row_weight = lambda i, parity: plgpu.load(vector_s.at[parity * NUM_WEIGHTS + i], layout=ROW)
+    beta_columns = lambda parity: _columns(plgpu.load(vector_s.at[parity * NUM_WEIGHTS + BETA], layout=COL))
+    total_over_wgs = lambda slot: sum(plgpu.load(slot_s(slot, i), layout=ROW) for i in wgs)
+    inverse_norm = lambda slot: lax.rsqrt(total_over_wgs(slot) + 1e-6)
+    read = lambda ref: plgpu.load(ref, layout=W).astype(f32)
+
+    def clean(x, parity):
+        """Zero in place of padding, which may hold anything."""
+        return jnp.where(_rows(row_weight(CODE, parity)) > 1.5, 0.0, x) if packed else x
+
+    def gate(parity):
+        bias2, rate = (_columns(plgpu.load(par_s.at[i], layout=COL)) for i in range(2))
+        return _gate(kind, clean(read(raw_in.at[here()]), parity), bias2, rate)
+
+    def new_values(c, parity):
+        """Vn in place of r, do scaled in place, dv, and the part of dbeta that comes through r."""
+        wg = here()
+        b, _, h, _, rows = where(c)
+        do_scale = _rows(row_weight(DO_SCALE, parity))
+        do = read(pair_in.at[0, wg]) * do_scale
+        pair16.at[0, wg][...] = (jnp.where(do_scale > 0.0, do, 0.0) if packed else do).astype(f16)
+        p = read(pair16.at[1, wg])
+        slot_s(DBETA, wg)[...] = jnp.sum(p * read(r_s.at[wg]), 1)
+        work_in.at[wg, 0][...] = (p * _rows(row_weight(BETA, parity) * row_weight(UNSCALE, parity))).astype(work_in.dtype)
+        t_beta = read(t_s) * beta_columns(parity)
+        (vn,) = _products([(t_beta.astype(f16), r_s.at[wg])])
+        plgpu.commit_smem()
+        r_s.at[wg][...] = vn.astype(f16)
+        plgpu.copy_smem_to_gmem(work_in.at[wg, 0], dv_o.at[b, rows, h, slab])
+
+    def prepare_inputs(parity):
+        """The gate in base 2, and this warpgroup's part of the squared norms."""
+        wg = here()
+        if kind.raw:
+            g2 = jnp.maximum(gate(parity)[0], RESET)
+        else:
+            g2 = clean(read(raw_in.at[wg]), parity)
+        if packed:
+            code = _rows(row_weight(CODE, parity))
+            g2 = jnp.where(code > 0.5, jnp.where(code > 1.5, 0.0, RESET), g2)
+        g2_s.at[wg][...] = g2.astype(f16)
+        for slot, ref in ((Q_SQUARE, q_in), (K_SQUARE, k_in)):
+            x = clean(read(ref.at[wg]), parity)
+            slot_s(slot, wg)[...] = jnp.sum(x * x, 1)
+
+    def normalize(slot, x_in, x16, parity):
+        wg = here()
+        x = clean(read(x_in.at[wg]), parity)
+        x16.at[wg][...] = (x * _rows(inverse_norm(slot)) if normalize_qk else x).astype(f16)
+
+    def pair_gradient(job, parity):
+        """The gradient of Aqk (job 0) or L (job 1), lower triangle as it is, upper transposed, ready for both uses."""
+        I, J = positions()
+        values = [r_s.at[i] for i in wgs]
+        left = [pair16.at[job, i] for i in wgs]
+        lower, upper = _products(
+            [(x, v.T) for x, v in zip(left, values)], [(v, x.T) for x, v in zip(left, values)], shape=(C, C)
+        )
+        of_l = jnp.int32(job).astype(f32)  # 0.0 or 1.0
+        low = (1.0 - of_l) * scale - of_l
+        high = (1.0 - of_l) * scale - of_l * beta_columns(parity)
+        diagonal = jnp.sum(jnp.where(I == J, lower, 0.0), 1) * scale
+
+        @pl.when(of_l == 0.0)
+        def _():
+            diagonal_s[...] = diagonal
+
+        return jnp.where(I > J, lower * low, upper * high).astype(f16)
+
+    def state_terms():
+        """What reaches the queries and keys through the states: the accumulators of the level loop start from it."""
+        wg, (I, J) = here(), positions()
+        values = [pl.ds(i * SLAB, SLAB) for i in wgs]
+        (decay,) = _products([(_one_where(J <= I), g2_s.at[wg])])
+        decay = jnp.exp2(decay)
+        (dq,) = _products([(pair16.at[0, i], h_s.at[wg, values[i]]) for i in wgs])
+        dq = (decay * scale) * dq
+        (up,) = _products([(pair16.at[1, i], h_s.at[wg, values[i]]) for i in wgs])
+        up = -decay * up
+        kn = read(k16.at[wg])
+        slot_s(DBETA, wg)[...] = plgpu.load(slot_s(DBETA, wg), layout=ROW) - jnp.sum(kn * up, 1)
+        (decay,) = _products([(_one_where(J > I), g2_s.at[wg])])
+        (down,) = _products([(r_s.at[i], ds_s.at[wg, values[i]]) for i in wgs])
+        down = jnp.exp2(decay) * down
+        boundary = read(k16.at[wg]) * down
+        gamma = _columns(plgpu.load(gamma_s, layout=COL))
+        for i in wgs:
+            boundary = boundary + gamma * (read(h_s.at[wg, values[i]]) * read(ds_s.at[wg, values[i]]))
+        boundary_s[...] = column_sums(boundary)
+        return dq, up, down
+
+    def level(lv, carry):
+        dq, up, down = carry
+        wg, (I, J) = here(), positions()
+        sums, odd, pair = (_one_where(mask) for mask in _level_masks(lv, I, J))
+        (exponent,) = _products([(sums, g2_s.at[wg])])
+        factor = jnp.exp2(exponent).astype(f16)
+        odd_factor = factor * odd
+        even_factor = factor - odd_factor
+        kn, qn = plgpu.load(k16.at[wg], layout=W), plgpu.load(q16.at[wg], layout=W)
+        plgpu.commit_smem()  # every warp is past the products of the previous level
+        work16.at[wg, 0][...] = kn * factor
+        work16.at[wg, 1][...] = kn * even_factor + qn * odd_factor
+        plgpu.commit_smem()
+        (by_a,) = _products([(plgpu.load(r_s.at[wg - own], layout=W) * pair, work16.at[wg, 1])])
+        dq, down = dq + odd_factor.astype(f32) * by_a, down + even_factor.astype(f32) * by_a
+        (by_l,) = _products([(plgpu.load(r_s.at[wg - own + 1], layout=W) * pair, work16.at[wg, 0])])
+        return dq, up + odd_factor.astype(f32) * by_l, down + even_factor.astype(f32) * by_l
+
+    def finish(c, following, parity, dq, up, down):
+        wg = here()
+        b, n, h, bh, rows = where(c)
+        diagonal = _rows(plgpu.load(diagonal_s, layout=ROW))
+        qn, kn = read(q16.at[wg]), read(k16.at[wg])
+        dq, down = dq + diagonal * kn, down + diagonal * qn
+        slot_s(DBETA, wg)[...] = plgpu.load(slot_s(DBETA, wg), layout=ROW) + jnp.sum(kn * up, 1)
+        dg_rows = qn * dq
+        slot_s(Q_DOT, wg)[...] = jnp.sum(dg_rows, 1)
+        up = _rows(row_weight(BETA, parity)) * up
+        dg_rows = dg_rows + kn * (up - down)
+        dk = up + down
+        slot_s(K_DOT, wg)[...] = jnp.sum(kn * dk, 1)
+        high = dg_rows.astype(bf16)
+        plgpu.commit_smem()  # every warp is past the products of the last level
+        work_b.at[wg, 0][...] = high
+        work_b.at[wg, 1][...] = (dg_rows - high.astype(f32)).astype(bf16)
+        sync(3)
+        pl.when(following < total)(lambda: load_r(following))
+        unscale = row_weight(UNSCALE, parity)
+        for x16, x_out, dx, square, dot in ((q16, q_in, dq, Q_SQUARE, Q_DOT), (k16, k_in, dk, K_SQUARE, K_DOT)):
+            if normalize_qk:
+                dx = _rows(inverse_norm(square)) * (dx - read(x16.at[wg]) * _rows(total_over_wgs(dot)))
+            x_out.at[wg][...] = (dx * _rows(unscale)).astype(x_out.dtype)
+        wg, (I, J) = here(), positions()
+        later = _one_where(J >= I, bf16)
+        (dg,) = _products([(later, work_b.at[wg, 0]), (later, work_b.at[wg, 1])])
+        dg = (dg + _columns(plgpu.load(boundary_s, layout=COL))) * _rows(row_weight(DG_UNSCALE, parity))
+        if kind.raw:
+            _, slope, rate_gradient = gate(parity)
+            draw = dg * slope()
+            sums_s.at[0][...] = jnp.sum(rate_gradient(dg, draw), 1)
+            sums_s.at[1][...] = column_sums(draw)
+        else:
+            draw = dg
+        draw_s.at[wg][...] = draw.astype(draw_s.dtype)
+        slot_s(DBETA_TOTAL, wg)[...] = total_over_wgs(DBETA) * row_weight(UNSCALE, parity)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_in.at[wg], dq_o.at[b, rows, h, slab])
+        plgpu.copy_smem_to_gmem(k_in.at[wg], dk_o.at[b, rows, h, slab])
+        plgpu.copy_smem_to_gmem(draw_s.at[wg], draw_o.at[b, rows, h, slab])
+        if kind.raw:
+            plgpu.copy_smem_to_gmem(sums_s, sums_o.at[bh, n, wg])
+        only(0, lambda: plgpu.copy_smem_to_gmem(slot_s(DBETA_TOTAL, 0), dbeta_o.at[bh, n]))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()
+        pl.when(following < total)(lambda: load_inputs(following))
+
+    def chunk(i, _):
+        c, parity = first + i * num_ctas, lax.rem(i, 2)
+        following = c + num_ctas
+        plgpu.barrier_wait(early_bar)
+        plgpu.barrier_wait(r_bar)
+        new_values(c, parity)
+        plgpu.barrier_wait(inputs_bar.at[own])
+        prepare_inputs(parity)
+        sync(0)
+        normalize(Q_SQUARE, q_in, q16, parity)
+        normalize(K_SQUARE, k_in, k16, parity)
+        pair_gradients = [pair_gradient(job, parity) for job in jobs]
+        sums = state_terms()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        sync(1)
+        pl.when(following < total)(lambda: load_early(following, 1 - parity))
+        for job, x in zip(jobs, pair_gradients):
+            r_s.at[job][...] = x
+        sync(2)
+        finish(c, following, parity, *lax.fori_loop(0, LEVELS, level, sums))
+        return ()
+
+    load_early(first, 0)
+    load_r(first)
+    load_inputs(first)
+    lax.fori_loop(0, lax.div(total - first + num_ctas - 1, num_ctas), chunk, ())
+    plgpu.wait_smem_to_gmem(0)
+
+
+def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, scale, normalize_qk, packed):
+    """See `mirror_vjp.chunk_gradients`; everything in the callers' layout, per-token weights and gate packed.
+
+    Args:
+      q, k [B,T,H,K], raw [B,T,HV,K], do [B,T,HV,V]: bfloat16 or float16 (raw in base 2, float16, without a gate).
+      p, r [B*HV,NT,C,V], h, ds [B*HV,NT,V,K], t [B*HV,NT,C,C]: float16; gamma [B*HV,NT,K]: float32.
+      weight [B*HV,NT,5,C]: beta, scale of do, its reciprocal for outputs, for the gate, and the token's code.
+      par [HV,2,K]: dt_bias in base 2, rate.
+
+    Returns:
+      dq, dk, draw [B,T,HV,K], dv [B,T,HV,V], dbeta [B*HV,NT,C], sums [B*HV,NT,num_wgs,2,64] (rate, bias).
+    """
+    B, T, H, K = q.shape
+    HV, V = do.shape[2:]
+    NT, heads, num_wgs = T // C, B * HV, K // SLAB
+    assert K == V and K % SLAB == 0 and num_wgs <= 2 and T % C == 0
+    draw_dtype = raw.dtype if kind.raw else bf16
+    views = lambda shape, dtype: plgpu.RefUnion(_tile(*shape, dtype=dtype), _tile(*shape))
+    out = jax.ShapeDtypeStruct
+    launch = plgpu.kernel(
+        functools.partial(
+            _chunk_kernel, sizes=(B, NT, H, HV, num_wgs), kind=kind, scale=scale, normalize_qk=normalize_qk,
+            packed=packed,
+        ),
+        out_type=(
+            out((B, T, HV, K), q.dtype), out((B, T, HV, K), q.dtype), out((B, T, HV, V), do.dtype),
+            out((B, T, HV, K), draw_dtype), out((heads, NT, C), f32), out((heads, NT, num_wgs, 2, SLAB), f32),
+        ),
+        grid=(min(NUM_CTAS, B * NT * HV),),
+        grid_names=("cta",),
+        num_threads=num_wgs,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=1024
+        ),
+        scratch_types=[
+            views((num_wgs, C, SLAB), q.dtype), views((num_wgs, C, SLAB), q.dtype),
+            plgpu.RefUnion(*(_tile(num_wgs, C, SLAB, dtype=d) for d in (raw.dtype, draw_dtype))), _tile(num_wgs, C, SLAB),
+            views((2, num_wgs, C, SLAB), do.dtype), _tile(2, C, SLAB),
+            _tile(num_wgs, V, SLAB), _tile(num_wgs, V, SLAB), _tile(C, C),
+            plgpu.RefUnion(*(_tile(num_wgs, 2, C, SLAB, dtype=d) for d in (q.dtype, f16, bf16))),
+            plgpu.SMEM((2 * NUM_WEIGHTS + NUM_SLOTS * num_wgs + 1, SLAB), f32),
+            plgpu.Barrier(num_arrivals=4 * num_wgs + 2), plgpu.Barrier(num_arrivals=num_wgs),
+            plgpu.Barrier(num_arrivals=5, num_barriers=num_wgs),
+            plgpu.Barrier(num_arrivals=2, num_barriers=4), plgpu.Barrier(num_arrivals=1),
+        ],
+    )  # fmt: skip
+    gamma = gamma.reshape(heads, NT, num_wgs, SLAB)
+    par = jnp.swapaxes(par.reshape(HV, 2, num_wgs, SLAB), 1, 2)
+    return launch(q, k, raw, do, p, r, h, ds, t, gamma, weight, par)
+
+
+# ------------------------------------------------------------------------------------------------------ whole backward
+
+
+class Gradients(NamedTuple):
+    """Of every input of `chunk_kda`; dbeta in the kernels' layout; None where there is no such input."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T HV V"]
+    g: Float[Array, "B T HV K"]
+    beta: Float[Array, "BH N C"]
+    a_log: Float[Array, "HV"] | None
+    dt_bias: Float[Array, "HV K"] | None
+    initial_state: Float[Array, "B HV V K"]
+
+
+def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, scale, normalize_qk) -> Gradients:
+    """Gradients of `chunk_kda` from what its forward kept.
+
+    Args:
+      q, k, g, beta, code, gate: as in `prepare_mosaic_gpu.prepare`, which returned `prepared`.
+      h, r: what the forward recurrence kept: the states entering the chunks, and V - Kg S.
+      do: cotangent of o, bfloat16 or float16, anything at padding; dfinal: of the final state, float32.
+    """
+    B, T, H, K = q.shape
+    HV = g.shape[2]
+    NT, heads = T // C, B * HV
+    padding = None if code is None else (code == PADDING)
+    size = cotangent_scale(do, dfinal, None if code is None else padding.reshape(B, T))
+    weight = _token_weights(beta, code, size)
+    merge = lambda x: x.reshape(heads, *x.shape[2:])
+    ds, p, dinitial = reverse_chain(
+        *prepared, beta, weight[:, :, DO_SCALE], do, merge(dfinal * size[:, :, None, None])
+    )
+    fused = gate is not None and g.dtype != f32
+    raw = g if fused else _base2(g if gate is None else gate.log_decay(g))
+    kind = _GateKind(fused, gate.bound if isinstance(gate, LowerBoundGate) else None)
+    dq, dk, dv, dg, dbeta, sums = chunk_gradients(
+        *(q, k, raw, do, p, r, h, ds, prepared.t, prepared.gamma, weight, _gate_parameters(gate, HV, K)),
+        **dict(kind=kind, scale=scale, normalize_qk=normalize_qk, packed=code is not None),
+    )
+    da_log = ddt_bias = None
+    if fused:
+        sums = sums.reshape(B, HV, NT, K // SLAB, 2, SLAB).sum((0, 2))
+        da_log, ddt_bias = sums[:, :, 0].sum((1, 2)), sums[:, :, 1].reshape(HV, K)
+    elif gate is not None:
+        clean = g if code is None else jnp.where(padding.reshape(B, T, 1, 1), 0, g)
+        _, pull = jax.vjp(lambda raw, gate: gate.log_decay(raw), clean, gate)
+        dg, dgate = pull(dg.astype(f32))
+        da_log, ddt_bias = dgate.a_log, dgate.dt_bias
+    of_head = lambda x: x.reshape(B, T, H, HV // H, K).astype(f32).sum(3).astype(x.dtype) if HV != H else x
+    dinitial = dinitial.reshape(B, HV, *dinitial.shape[1:]) / size[:, :, None, None]
+    if getattr(gate, "a_log", None) is None:
+        da_log = None
+    return Gradients(of_head(dq), of_head(dk), dv, dg.astype(g.dtype), dbeta, da_log, ddt_bias, dinitial)
+
+
+def _token_weights(beta, code, size):
+    """[B*HV, NT, 5, C] float32: beta, scale of do (0 at padding), its inverse for outputs and for dg, the code."""
+    heads, NT, _ = beta.shape
+    size = jnp.broadcast_to(size.reshape(heads, 1, 1), beta.shape)
+    if code is None:
+        return jnp.stack([beta, size, 1 / size, 1 / size, jnp.zeros_like(beta)], 2)
+    code = jnp.repeat(code, heads // code.shape[0], axis=0)
+    token, ordinary = code != PADDING, code == 0
+    keep = lambda mask, x: jnp.where(mask, x, 0.0)
+    return jnp.stack(
+        [beta, keep(token, size), keep(token, 1 / size), keep(ordinary, 1 / size), code.astype(f32)], 2
+    )
+
+
+def _base2(g):
+    return jnp.maximum(g * LOG2E, RESET).astype(f16)
+
+
+def _gate_parameters(gate: Gate, HV: int, K: int):
+    """dt_bias in base 2 and exp(a_log) per channel, [HV, 2, K]."""
+    if gate is None:
+        return jnp.zeros((HV, 2, K), f32)
+    rate = jnp.ones((HV,), f32) if gate.a_log is None else jnp.exp(gate.a_log.astype(f32))
+    return jnp.stack([gate.dt_bias.astype(f32) * LOG2E, jnp.broadcast_to(rate[:, None], (HV, K))], 1)

@@ -1,0 +1,160 @@
+"""The backward kernels of KDA in plain JAX with the same rounding points: what `chunk_mosaic_gpu_vjp` must compute."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
+
+C = 64  # tokens per chunk
+LEVELS = 6  # block sizes 1, 2, 4, ..., 32
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+RESET = -3e4  # log2-decay that forgets everything
+PADDING = 2  # code of a token that is none; 1 starts a segment, 0 is ordinary
+f16, f32, bf16 = jnp.float16, jnp.float32, jnp.bfloat16
+
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=f32)
+
+
+def _round(x, dtype=f16):
+    return x.astype(dtype).astype(f32)
+
+
+def cotangent_scale(
+    do: Float[Array, "B T HV V"], dfinal: Float[Array, "B HV V K"], padding: Int[Array, "B T"] | None
+) -> Float[Array, "B HV"]:
+    """The power of two per row and head that brings the largest cotangent into [0.5, 1), so that float16 holds them."""
+    size = jnp.abs(do.astype(f32))
+    if padding is not None:
+        size = jnp.where(padding[..., None, None], 0.0, size)
+    largest = jnp.maximum(jnp.max(size, axis=(1, 3)), jnp.max(jnp.abs(dfinal), axis=(2, 3)))
+    _, exponent = jnp.frexp(largest)
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -100, 100))
+
+
+def reverse(kg, kr, qg, t, aqk, gamma, beta, do, dfinal):
+    """The chain from the last chunk to the first: gradients of the states.
+
+    Args:
+      kg, kr, qg [B,HV,NT,C,K], t, aqk [B,HV,NT,C,C]: float16, from the preparation; gamma [B,HV,NT,K], beta
+        [B,HV,NT,C]: float32.
+      do: scaled cotangent of o, zero at padding, [B,HV,NT,C,V] float16; dfinal: scaled, [B,HV,V,K] float32.
+
+    Returns:
+      ds: gradient of the state leaving each chunk, [B,HV,NT,V,K] float16; p: T^T dVn, [B,HV,NT,C,V] float16;
+      gradient of the initial state, [B,HV,V,K] float32; all in the scale of the cotangents.
+    """
+
+    def chunk(ds, x):
+        kg, kr, qg, t, aqk, gamma, beta, do = (y.astype(f32) for y in x)
+        ds16 = _round(ds)
+        dvn = _einsum("bhiv,bhij->bhvj", do, aqk) + _einsum("bhvk,bhjk->bhvj", ds16, kr)
+        p = _einsum("bhvi,bhij->bhvj", _round(dvn), t)
+        dv = _round(-p * beta[:, :, None, :])
+        before = ds * gamma[:, :, None, :] + _einsum("bhiv,bhik->bhvk", do, qg) + _einsum("bhvj,bhjk->bhvk", dv, kg)
+        return before, (ds16.astype(f16), p.astype(f16))
+
+    xs = tuple(jnp.moveaxis(x, 2, 0) for x in (kg, kr, qg, t, aqk, gamma, beta, do))
+    dinitial, (ds, p) = lax.scan(chunk, dfinal, xs, reverse=True)
+    return jnp.moveaxis(ds, 0, 2), jnp.swapaxes(jnp.moveaxis(p, 0, 2), -1, -2), dinitial
+
+
+def _level_mask(level):
+    """mask[i, t] = 1 where row i sums g_t: (anchor, i] in odd blocks, (i, anchor] in even ones."""
+    block = 1 << level
+    i, t = np.arange(C)[:, None], np.arange(C)[None]
+    odd = (i & block) != 0
+    first = np.where(odd, i & -block, i) + 1
+    num = np.where(odd, i & (block - 1), block - (i & (block - 1)))
+    return ((t >= first) & (t < first + num)).astype(np.float32)
+
+
+def _normalize(x, normalize_qk):
+    x = x.astype(f32)
+    rstd = lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6) if normalize_qk else jnp.ones((*x.shape[:-1], 1))
+    return _round(x * rstd), rstd
+
+
+def gate_and_slope(gate: Gate, raw):
+    """(log-decay in nats, its derivative by the raw logit), float32, for [B, HV, NT, C, K]."""
+    if gate is None:
+        return raw, jnp.ones_like(raw)
+    z = raw + gate.dt_bias[:, None, None, :]
+    rate = 1.0 if gate.a_log is None else jnp.exp(gate.a_log)[:, None, None, None]
+    if isinstance(gate, SoftplusGate):
+        return -rate * jax.nn.softplus(z), -rate * jax.nn.sigmoid(z)
+    s = jax.nn.sigmoid(rate * z)
+    return gate.bound * s, gate.bound * rate * s * (1 - s)
+
+
+def _rate_gradient(gate, raw, g, dg, draw):
+    return draw * (raw + gate.dt_bias[:, None, None, :]) if isinstance(gate, LowerBoundGate) else dg * g
+
+
+def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, gate: Gate, *, scale, normalize_qk):
+    """Gradients of every input inside its chunk.
+
+    Args:
+      q, k, raw: inputs by chunk, [B,HV,NT,C,K]; beta [B,HV,NT,C]; code [B,1,NT,C]: 0 token, 1 start, 2 padding.
+      t, gamma: from the preparation; h, r: state entering the chunk and V - Kg S, from the forward recurrence.
+      ds, p, do: as in `reverse`; unscale: reciprocal of the cotangents' scale, [B,HV,1,1,1].
+
+    Returns:
+      dq, dk, dv, draw [B,HV,NT,C,K or V], dbeta [B,HV,NT,C], da_log, ddt_bias [B,HV,NT,K] (sums over the chunk; None
+      without a gate), float32.
+    """
+    token, start = (code != PADDING)[..., None], (code == 1)[..., None]
+    q, k, raw = (jnp.where(token, x.astype(f32), 0) for x in (q, k, raw))
+    qn, q_rstd = _normalize(q, normalize_qk)
+    kn, k_rstd = _normalize(k, normalize_qk)
+    g, slope = gate_and_slope(gate, raw)
+    g2 = _round(jnp.where(token, jnp.where(start, RESET, jnp.maximum(g * LOG2E, RESET)), 0))
+    t, h, r, ds, p, do = (x.astype(f32) for x in (t, h, r, ds, p, do))
+
+    vn = _round(_einsum("...ij,...jv->...iv", _round(t * beta[..., None, :]), r))
+    row, col = np.arange(C)[:, None], np.arange(C)[None]
+    lower, upper = _einsum("...iv,...jv->...ij", do, vn), _einsum("...iv,...jv->...ij", vn, do)
+    da_diagonal = scale * jnp.sum(jnp.where(row == col, lower, 0), -1, keepdims=True)
+    da = _round(scale * jnp.where(row > col, lower, upper))
+    lower, upper = _einsum("...iv,...jv->...ij", p, vn), _einsum("...iv,...jv->...ij", vn, p)
+    dl = _round(-jnp.where(row > col, lower, upper * beta[..., None, :]))
+
+    through = partial(_einsum, "it,...td->...id")
+    from_entry = jnp.exp2(through((row >= col).astype(np.float32), g2))
+    to_exit = jnp.exp2(through((row < col).astype(np.float32), g2))
+    dq = scale * from_entry * _einsum("...iv,...vk->...ik", do, h)
+    w = -from_entry * _einsum("...iv,...vk->...ik", p, h)  # gradient of k_i where it carries +G_i, over beta_i
+    kappa = to_exit * _einsum("...iv,...vk->...ik", vn, ds)
+    boundary = jnp.sum(kn * kappa, -2) + gamma * jnp.sum(h * ds, -2)
+    dbeta = jnp.sum(p * r, -1) - jnp.sum(kn * w, -1)
+    down = kappa  # gradient of k_j where it carries -G_j
+    for level in range(LEVELS):
+        odd = (row >> level & 1) == 1
+        pair = (row ^ col) >> level == 1
+        factor = _round(jnp.exp2(through(_level_mask(level), g2)))
+        kf, qf = _round(kn * factor), _round(qn * factor)
+        by_a = factor * _einsum("...ij,...jd->...id", jnp.where(pair, da, 0), jnp.where(odd, qf, kf))
+        by_l = factor * _einsum("...ij,...jd->...id", jnp.where(pair, dl, 0), kf)
+        dq, w, down = dq + jnp.where(odd, by_a, 0), w + jnp.where(odd, by_l, 0), down + jnp.where(odd, 0, by_a + by_l)
+    dq, down = dq + da_diagonal * kn, down + da_diagonal * qn
+    dbeta = dbeta + jnp.sum(kn * w, -1)
+    up = beta[..., None] * w
+    dg_row = qn * dq + kn * (up - down)
+    high = _round(dg_row, bf16)
+    low = _round(dg_row - high, bf16)
+    suffix = partial(_einsum, "ti,...id->...td", (row <= col).astype(np.float32))
+    dg = jnp.where(token & ~start, suffix(high) + suffix(low) + boundary[..., None, :], 0) * unscale
+    draw = dg * slope
+    norm_vjp = lambda y, rstd, dy: rstd * (dy - y * jnp.sum(y * dy, -1, keepdims=True)) if normalize_qk else dy
+    dq, dk = norm_vjp(qn, q_rstd, dq), norm_vjp(kn, k_rstd, up + down)
+    dq, dk = (jnp.where(token, x * unscale, 0) for x in (dq, dk))
+    dv = beta[..., None] * p * unscale
+    sums = (None, None)
+    if gate is not None:
+        sums = jnp.sum(_rate_gradient(gate, raw, g, dg, draw), -2), jnp.sum(draw, -2)
+    return dq, dk, dv, draw, dbeta * unscale[..., 0], *sums
