@@ -46,8 +46,9 @@ class CheckpointStore:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        names = (MODEL, OPTIMIZER, POSITION, METADATA)
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=names)
+        handlers = {name: ocp.StandardCheckpointHandler() for name in (MODEL, OPTIMIZER)}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in (POSITION, METADATA)}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Self:
         return self
