@@ -44,9 +44,9 @@ class Kda(nnx.Module):
         return self.output(o, x_BTD), None if cache is None else RecurrentCache(state, conv)
 
     def _delta_rule(self, q, k, v, g, beta, gate, state, segment_ids):
-        settings = {"gate": gate, "normalize_qk": True, "implementation": self.implementation}
+        settings = {"gate": gate, "normalize_qk": True}
         if q.shape[1] == 1 and state is not None and segment_ids is None:
             o, state = step_kda(*(x[:, 0] for x in (q, k, v, g, beta)), state, **settings)
             return o[:, None], state
-        settings |= {"initial_state": state, "segment_ids": segment_ids, "tile": self.chunk_size}
-        return chunk_kda(q, k, v, g, beta, **settings)
+        settings |= {"implementation": self.implementation, "tile": self.chunk_size}
+        return chunk_kda(q, k, v, g, beta, initial_state=state, segment_ids=segment_ids, **settings)

@@ -38,8 +38,8 @@ def random_bits(rngs: nnx.Rngs, shape: Sequence[int]) -> UInt32[Array, "..."]:
     """Hashes (position, how many draws came before, key) with pcg4d.
 
     A model has a hundred parameters and more, and `jax.random` costs XLA a quarter of a second of compilation for each
-    on a CPU, this a fifth of that. Each element depends on its own position alone, so sharded parameters are drawn where
-    they live.
+    on a CPU, this a fifth of that. Each element depends on its own position alone, so sharded parameters are drawn
+    where they live.
 
     Source: Jarzynski and Olano, Hash Functions for GPU Rendering, JCGT 9(3), 2020.
     """

@@ -4,11 +4,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import reference, xla
 
 __all__ = ["IMPLEMENTATIONS", "grouped_matmul"]
 
-IMPLEMENTATIONS = {"reference": Implementation(reference.grouped_matmul)}  # fastest first
+IMPLEMENTATIONS = {  # fastest first
+    "xla": Implementation(xla.grouped_matmul),
+    "reference": Implementation(reference.grouped_matmul),
+}
 
 
 def grouped_matmul(

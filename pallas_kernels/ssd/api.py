@@ -4,11 +4,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.ssd import reference
+from pallas_kernels.ssd import chunked, reference
 
 __all__ = ["IMPLEMENTATIONS", "chunk_ssd"]
 
-IMPLEMENTATIONS = {"reference": Implementation(reference.chunk_ssd)}  # fastest first
+IMPLEMENTATIONS = {  # fastest first
+    "chunked": Implementation(chunked.chunk_ssd, chunked.refuse),
+    "reference": Implementation(reference.chunk_ssd),
+}
 
 
 def chunk_ssd(
