@@ -1,0 +1,154 @@
+"""KDA on Hopper: which arguments the Mosaic GPU kernels serve, and how any others are brought into their shape."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.kda import chunked
+from pallas_kernels.kda.chunk_mosaic_gpu import STRIP, recur
+from pallas_kernels.kda.gates import Gate
+from pallas_kernels.kda.prepare_mosaic_gpu import HALF, PADDING, RESET, C, prepare
+from pallas_kernels.segments import segment_starts
+
+CAPABILITY = "9.0"
+WIDEST = 128  # key and value channels
+FEW_HEADS = 66  # up to here two blocks per head still find a multiprocessor each
+DTYPES = (jnp.bfloat16, jnp.float16)
+GATE_DTYPES = (*DTYPES, jnp.float32)
+
+
+class Options(NamedTuple):
+    """What is fixed at trace time; the two functions are the kernels, or their mirrors on a CPU."""
+
+    scale: float
+    normalize_qk: bool
+    prepare: Callable = prepare
+    recur: Callable = recur
+
+
+def refuse(q, k, v, g, beta, *, tile, **_) -> str | None:
+    """Refuses all but Hopper GPUs, 16-bit inputs and at most 128 channels."""
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, the default backend is {jax.default_backend()}"
+    capability = jax.devices()[0].compute_capability
+    if capability != CAPABILITY:
+        return f"needs compute capability {CAPABILITY} (Hopper), this GPU has {capability}"
+    return unserved(q, k, v, g, tile)
+
+
+def unserved(q, k, v, g, tile: int | None) -> str | None:
+    """The part of `refuse` that does not ask for the device."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        return f"q, k, v must share bfloat16 or float16, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if g.dtype not in GATE_DTYPES:
+        return f"g must be bfloat16, float16 or float32, got {g.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return f"K={q.shape[-1]}, V={v.shape[-1]}: at most {WIDEST}"
+    if tile not in (None, C):
+        return f"tile={tile}: the chunk is {C}"
+    return None
+
+
+def chunk_kda(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    g: Float[Array, "B T HV K"],
+    beta: Float[Array, "B T HV"],
+    *,
+    gate: Gate,
+    scale: float,
+    initial_state: Float[Array, "B HV V K"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    normalize_qk: bool,
+    tile: int | None,
+) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
+    """See `pallas_kernels.kda.api.chunk_kda`."""
+    del tile
+    options = Options(float(scale), normalize_qk)
+    return padded(options, q, k, v, g, beta, gate, initial_state, segment_ids)
+
+
+def padded(options: Options, q, k, v, g, beta, gate: Gate, initial_state, segment_ids):
+    """Pads time to whole chunks and channels to whole tiles, and cuts the results back."""
+    T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
+    time, keys, values = -T % C, -K % HALF, -V % STRIP
+
+    def pad(x, *trailing):  # batch first, then time
+        return jnp.pad(x, ((0, 0), (0, time), *((0, n) for n in trailing))) if time or any(trailing) else x
+
+    q, k, g = (pad(x, 0, keys) for x in (q, k, g))
+    v, beta = pad(v, 0, values), pad(beta, 0)
+    code = None
+    if segment_ids is not None or time:
+        code = pad_code(segment_ids, q.shape[0], T, time)
+    if gate is not None and keys:
+        gate = dataclasses.replace(gate, dt_bias=jnp.pad(gate.dt_bias, ((0, 0), (0, keys))))
+    if initial_state is not None and (keys or values):
+        initial_state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, values), (0, keys)))
+    o, final = _core(options, q, k, v, g, beta, gate, initial_state, code)
+    return o[:, :T, :, :V], final[:, :, :V, :K]
+
+
+def pad_code(segment_ids, batch: int, length: int, extra: int) -> Int[Array, "B N C"]:
+    """The code of every token (see `prepare`), with `extra` tokens of padding at the end."""
+    if segment_ids is None:
+        code = jnp.zeros((batch, length), jnp.int32)
+    else:
+        code = jnp.where(segment_ids == 0, PADDING, jnp.where(segment_starts(segment_ids), RESET, 0))
+    code = jnp.pad(code.astype(jnp.int32), ((0, 0), (0, extra)), constant_values=PADDING)
+    return code.reshape(batch, -1, C)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _core(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code):
+    return forward(options, q, k, v, g, beta, gate, initial_state, code, keep=False)[:2]
+
+
+def forward(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code, *, keep: bool):
+    """Both kernels, on whole chunks and tiles.
+
+    Returns:
+      (o, final state [B, HV, V, K], residuals or None): residuals are (prepared, beta per chunk, entering states, R).
+    """
+    B, T, HV, V = v.shape
+    steps = jnp.moveaxis(beta.astype(jnp.float32), 2, 1).reshape(B, HV, T // C, C)
+    if code is not None:
+        steps = jnp.where(code[:, None] == PADDING, 0.0, steps)
+    steps = steps.reshape(B * HV, T // C, C)
+    prepared = options.prepare(q, k, g, steps, code, gate, scale=options.scale, normalize_qk=options.normalize_qk)
+    first = None if initial_state is None else initial_state.astype(jnp.float32).reshape(B * HV, V, -1)
+    split = 2 if V == 2 * STRIP and B * HV <= FEW_HEADS else 1
+    o, final, kept = options.recur(prepared, v, steps, code, first, keep=keep, split=split)
+    residuals = (prepared, steps, *kept) if keep else None
+    return o, final.reshape(B, HV, V, -1), residuals
+
+
+def _core_forward(options: Options, q, k, v, g, beta, gate, initial_state, code):
+    return _core(options, q, k, v, g, beta, gate, initial_state, code), (q, k, v, g, beta, gate, initial_state, code)
+
+
+def _core_backward(options: Options, residuals, cotangents):
+    """Through the plain JAX form, which recomputes the forward pass."""
+    *inputs, code = residuals
+    ids = None
+    if code is not None:
+        code = code.reshape(code.shape[0], -1)
+        ids = jnp.where(code == PADDING, 0, 1 + jnp.cumsum(code == RESET, 1))
+
+    def plain(q, k, v, g, beta, gate, initial_state):
+        return chunked.chunk_kda(
+            *(q, k, v, g, beta),
+            **dict(gate=gate, scale=options.scale, initial_state=initial_state, segment_ids=ids),
+            **dict(normalize_qk=options.normalize_qk, tile=None),
+        )
+
+    return *jax.vjp(plain, *inputs)[1](cotangents), None
+
+
+_core.defvjp(_core_forward, _core_backward)
