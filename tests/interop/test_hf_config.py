@@ -1,0 +1,154 @@
+"""config.json in both directions, and a line for everything that one side cannot say."""
+
+import json
+
+import pytest
+from lively_models import KDA, MLA, SPECS, build_config
+from released import CONFIG, FULL_ATTENTION
+
+from kimi_jax.config.model import ModelConfig
+from kimi_jax.errors import UserError
+from kimi_jax.interop.hf_config import find_pattern, from_public, json_fields, read_public, to_public
+
+SOURCE = "config.json"
+IDS = {"bos": 163584, "eos": 163586, "pad": 163839}
+
+
+def test_the_released_config_round_trips():
+    cfg = from_public(read_public(CONFIG, source=SOURCE))
+    assert (cfg.pattern, cfg.tail) == (("kda", "kda", "kda", "mla"), ("kda", "kda", "mla"))
+    assert (cfg.first_k_dense, cfg.dense_hidden_dim, cfg.ffn.top_k) == (1, 9216, 8)
+    assert (cfg.mixers["mla"].latent_norm_eps, cfg.mixers["kda"].norm_eps) == (1e-6, 1e-5)
+    back = json_fields(to_public(cfg, dtype="bfloat16", max_length=1048576, **IDS))
+    assert json.loads(json.dumps(back)) == {k: v for k, v in CONFIG.items() if k != "transformers_version"}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_our_configs_round_trip(name):
+    cfg = build_config(name)
+    written = json.loads(json.dumps(json_fields(to_public(cfg, dtype="float32", max_length=9, eos=1, pad=2))))
+    assert from_public(read_public(written, source=SOURCE)) == cfg
+    lists = written["linear_attn_config"]
+    assert sorted(lists["kda_layers"] + lists["full_attn_layers"]) == list(range(1, cfg.num_layers + 1))
+
+
+def test_the_names_that_transformers_gives_a_model_of_its_own():
+    native = {key: value for key, value in CONFIG.items() if key not in ("linear_attn_config", "first_k_dense_replace")}
+    native |= {
+        "linear_num_heads": 32,
+        "linear_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "output_router_logits": False,
+    }
+    native["layer_types"] = [
+        "full_attention" if layer in FULL_ATTENTION else "linear_attention" for layer in range(1, 28)
+    ]
+    native["mlp_layer_types"] = ["dense"] + ["sparse"] * 26
+    native["torch_dtype"] = native.pop("dtype")
+    assert read_public(native, source=SOURCE).first_k_dense_replace == 1
+    assert from_public(read_public(native, source=SOURCE)) == from_public(read_public(CONFIG, source=SOURCE))
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "tail"),
+    [
+        ("ABABA", "AB", "A"),
+        ("AAAB" * 2 + "AAB", "AAAB", "AAB"),
+        ("AAAA", "A", ""),
+        ("A", "A", ""),
+        ("AABABB", "AABABB", ""),
+    ],
+)
+def test_patterns(layers, pattern, tail):
+    assert find_pattern(layers) == (tuple(pattern), tuple(tail))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen3_next"}, "config.json: model_type: got 'qwen3_next'; known: kimi_linear"),
+        ({"q_lora_rank": 1536}, "config.json: q_lora_rank: got 1536, must be None"),
+        ({"mla_use_nope": False}, "config.json: mla_use_nope: got False"),
+        ({"num_expert_group": 8}, "config.json: num_expert_group: got 8"),
+        ({"tie_word_embeddings": True}, "config.json: tie_word_embeddings: got True"),
+        ({"moe_router_activation_func": "softmax"}, "config.json: moe_router_activation_func: got 'softmax'"),
+        ({"hidden_size": "wide"}, "config.json: hidden_size: got 'wide', must be a valid integer"),
+        ({"dtype": "float16"}, "config.json: dtype: got 'float16'"),
+        ({"gate_lower_bound": -5.0}, "config.json: gate_lower_bound: unknown key"),
+        ({"num_experts_per_token": 300}, "config.json: num_experts_per_token: 300 is larger than num_experts=256"),
+        ({"num_key_value_heads": 4}, "config.json: num_key_value_heads: got 4, must be num_attention_heads=32"),
+        ({"num_hidden_layers": 28}, "config.json: linear_attn_config: kda_layers and full_attn_layers must together"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_unsupported_public_values(change, message):
+    with pytest.raises(UserError) as caught:
+        read_public(CONFIG | change, source=SOURCE)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(message)
+
+
+def test_all_problems_at_once():
+    broken = {key: value for key, value in CONFIG.items() if key != "vocab_size"} | {"hidden_act": "gelu", "new": 1}
+    with pytest.raises(UserError) as caught:
+        read_public(broken, source=SOURCE)
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("mixer", "message"),
+    [
+        ({"kind": "gdn", "num_heads": 2}, "mixers.x.kind: 'gdn' has no public form"),
+        ({"kind": "mamba2", "num_heads": 2}, "mixers.x.kind: 'mamba2' has no public form"),
+        (KDA | {"num_value_heads": 6}, "mixers.x.num_value_heads: 6 has no public form; must be num_heads=3"),
+        (KDA | {"value_dim": 8}, "mixers.x.value_dim: 8 has no public form; must be key_dim=16"),
+        (KDA | {"conv": {"kind": "none"}}, "mixers.x.conv.kind: 'none' has no public form"),
+        (KDA | {"decay": {"kind": "head"}}, "mixers.x.decay.kind: 'head' has no public form"),
+        (
+            KDA | {"decay": {"kind": "channel", "rank": 16, "gate": {"kind": "lower_bound"}}},
+            "mixers.x.decay.gate.kind: 'lower_bound' has no public form",
+        ),
+        (KDA | {"decay": {"kind": "channel", "rank": 8}}, "mixers.x.decay.rank: 8 has no public form"),
+        (KDA | {"output_gate": {"kind": "swish", "rank": 16}}, "mixers.x.output_gate.kind: 'swish' has no public"),
+        (KDA | {"output_gate": {"kind": "sigmoid", "rank": 8}}, "mixers.x.output_gate.rank: 8 has no public form"),
+        (KDA | {"norm_eps": 1e-6}, "mixers.x.norm_eps: 1e-06 has no public form"),
+        (MLA | {"position": {"kind": "rope"}}, "mixers.x.position.kind: 'rope' has no public form"),
+        (MLA | {"latent_norm_eps": 1e-5}, "mixers.x.latent_norm_eps: 1e-05 has no public form; must be 1e-06"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_mixers_without_a_public_form(mixer, message):
+    cfg = build_config("all_kda_dense").model_dump() | {"pattern": ("x",), "mixers": {"x": mixer}}
+    with pytest.raises(UserError) as caught:
+        to_public(ModelConfig(**cfg), dtype="float32", max_length=8, eos=0, pad=0)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(f"export: model.{message}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"ffn": {"kind": "moe", "num_experts": 4, "top_k": 2, "hidden_dim": 8, "num_shared_experts": 0}},
+            "ffn.num_sh",
+        ),
+        ({"first_k_dense": 1, "dense_hidden_dim": 8}, "dense_hidden_dim: 8 has no public form; must be ffn"),
+        (
+            {"pattern": ("kda", "other"), "mixers": {"kda": KDA, "other": KDA | {"num_heads": 4, "chunk_size": 16}}},
+            "mixers.other.num_heads: differs from mixers.kda.num_heads",
+        ),
+    ],
+    ids=["no_shared_expert", "two_dense_widths", "two_kdas"],
+)
+def test_models_without_a_public_form(change, message):
+    cfg = ModelConfig(**build_config("all_kda_dense").model_dump() | change)
+    with pytest.raises(UserError) as caught:
+        to_public(cfg, dtype="float32", max_length=8, eos=0, pad=0)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(f"export: model.{message}")
+
+
+def test_a_mixer_that_no_layer_uses_does_not_matter():
+    base = build_config("all_kda_dense").model_dump()
+    cfg = ModelConfig(**base | {"mixers": {"kda": KDA, "unused": {"kind": "gdn", "num_heads": 2}}})
+    assert to_public(cfg, dtype="float32", max_length=8, eos=0, pad=0).vocab_size == 258
