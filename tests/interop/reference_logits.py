@@ -1,4 +1,4 @@
-"""Run by another Python, one with torch and transformers: logits of public checkpoints, as transformers computes them."""
+"""Run by another Python, one with torch and transformers: the logits of transformers for public checkpoints."""
 
 import sys
 from pathlib import Path

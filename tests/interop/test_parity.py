@@ -16,8 +16,8 @@ from kimi_jax.interop.hf_export import export_model
 from kimi_jax.models.decoder import abstract, merge
 
 REFERENCE_PYTHON = os.environ.get("KIMI_JAX_REFERENCE_PYTHON")
-TOLERANCE = {"odd_tail": 1e-4, "stacked": 1e-4, "all_kda_dense": 1e-4, "all_mla": 1e-4}  # float32, max abs
-MEASURED = {"odd_tail": 3.4e-5, "stacked": 1.8e-5, "all_kda_dense": 1.2e-5, "all_mla": 8.1e-6}  # logits of std 1.6
+TOLERANCE = 1e-4  # largest difference, float32, logits of standard deviation 1.4 to 1.7
+# measured on CPU: odd_tail 5.3e-5, stacked 1.8e-5, all_kda_dense 1.2e-5, all_mla 8.1e-6
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,4 +53,4 @@ def test_logits_are_those_of_transformers(name, folders):
     assert theirs.std() > 1
     error = np.abs(ours - theirs).max()
     print(f"{name}: largest difference {error:.1e}")
-    assert error <= TOLERANCE[name]
+    assert error <= TOLERANCE
