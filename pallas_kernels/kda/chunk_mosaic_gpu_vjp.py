@@ -167,18 +167,27 @@ def _gate(kind: _GateKind, raw, bias2, rate):
     )
 
 
-def _level_masks(level, I, J):
-    """At one level of blocks: which gates row i sums, which rows are in odd blocks, which pairs belong to the level."""
-    block = jnp.int32(1) << level
-    odd = (I & block) != 0
-    first = jnp.where(odd, I & -block, I) + 1
-    num = jnp.where(odd, I & (block - 1), block - (I & (block - 1)))
-    sums = (J - first).astype(u32) < num.astype(u32)
-    return sums, odd, ((I ^ J) & -block) == block
+def _indices():
+    """(row numbers [C], int32; column numbers [C, C], float16) in the layout of the matrix unit."""
+    iota = lambda layout: plgpu.broadcasted_iota(i32, (C,), 0, layout=layout) + _hidden_zero()
+    return iota(ROW), _columns(iota(COL).astype(f16))
 
 
-def _one_where(mask, dtype=f16):
-    return jnp.where(mask, 1.0, 0.0).astype(dtype)
+def _between(column, low, high):
+    """Float16 0/1 matrix: low < column <= high, bounds per row; packed arithmetic."""
+    above = column - _rows(low.astype(f16))
+    below = _rows((high + 1).astype(f16)) - column
+    return jnp.minimum(jnp.maximum(jnp.minimum(above, below), f16(0)), f16(1))
+
+
+def _level_masks(n, row, column):
+    """At one level of blocks: which gates a row sums, which rows are second in their pair of blocks, which pairs belong."""
+    b = jnp.int32(1) << n
+    second = (row & b) != 0
+    anchor = jnp.where(second, row & -b, (row & -b) + b)
+    sums = _between(column, jnp.minimum(row, anchor), jnp.maximum(row, anchor))
+    pair = _between(column, jnp.where(second, anchor - b - 1, anchor - 1), jnp.where(second, anchor - 1, anchor + b - 1))
+    return sums, _rows(jnp.where(second, 1.0, 0.0).astype(f16)), pair
 
 
 # rows of the per-token weights
@@ -212,10 +221,6 @@ def _chunk_kernel(
     jobs = [own] if num_wgs == 2 else [0, 1]  # the gradient of Aqk, of L: one for each warpgroup
     (q_in, q16), (k_in, k16), (pair_in, pair16) = q_s, k_s, pair_s
     (work_in, work16, work_b), (raw_in, draw_s) = work_s, raw_s
-    def positions():
-        iota = lambda axis: plgpu.broadcasted_iota(i32, (C, C), axis, layout=W) + _hidden_zero()
-        return iota(0), iota(1)
-
     def where(c):
         h, rest = lax.rem(c, HV), lax.div(c, HV)
         n, b = lax.rem(rest, NT), lax.div(rest, NT)
@@ -325,7 +330,7 @@ def _chunk_kernel(
 
     def pair_gradient(job, parity):
         """The gradient of Aqk (job 0) or L (job 1), lower triangle as it is, upper transposed, ready for both uses."""
-        I, J = positions()
+        row, column = _indices()
         values = [r_s.at[i] for i in wgs]
         left = [pair16.at[job, i] for i in wgs]
         lower, upper = _products(
@@ -334,19 +339,20 @@ def _chunk_kernel(
         of_l = jnp.int32(job).astype(f32)  # 0.0 or 1.0
         low = (1.0 - of_l) * scale - of_l
         high = (1.0 - of_l) * scale - of_l * beta_columns(parity)
-        diagonal = jnp.sum(jnp.where(I == J, lower, 0.0), 1) * scale
+        diagonal = jnp.sum(lower * _between(column, row - 1, row).astype(f32), 1) * scale
 
         @pl.when(of_l == 0.0)
         def _():
             diagonal_s[...] = diagonal
 
-        return jnp.where(I > J, lower * low, upper * high).astype(f16)
+        below = _between(column, row * 0 - 1, row - 1)
+        return (lower * low).astype(f16) * below + (upper * high).astype(f16) * (f16(1) - below)
 
     def state_terms():
         """What reaches the queries and keys through the states: the accumulators of the level loop start from it."""
-        wg, (I, J) = here(), positions()
+        wg, (row, column) = here(), _indices()
         values = [pl.ds(i * SLAB, SLAB) for i in wgs]
-        (decay,) = _products([(_one_where(J <= I), g2_s.at[wg])])
+        (decay,) = _products([(_between(column, row * 0 - 1, row), g2_s.at[wg])])
         decay = jnp.exp2(decay)
         (dq,) = _products([(pair16.at[0, i], h_s.at[wg, values[i]]) for i in wgs])
         dq = (decay * scale) * dq
@@ -354,7 +360,7 @@ def _chunk_kernel(
         up = -decay * up
         kn = read(k16.at[wg])
         slot_s(DBETA, wg)[...] = plgpu.load(slot_s(DBETA, wg), layout=ROW) - jnp.sum(kn * up, 1)
-        (decay,) = _products([(_one_where(J > I), g2_s.at[wg])])
+        (decay,) = _products([(_between(column, row, row * 0 + C), g2_s.at[wg])])
         (down,) = _products([(r_s.at[i], ds_s.at[wg, values[i]]) for i in wgs])
         down = jnp.exp2(decay) * down
         boundary = read(k16.at[wg]) * down
@@ -366,8 +372,8 @@ def _chunk_kernel(
 
     def level(lv, carry):
         dq, up, down = carry
-        wg, (I, J) = here(), positions()
-        sums, odd, pair = (_one_where(mask) for mask in _level_masks(lv, I, J))
+        wg = here()
+        sums, odd, pair = _level_masks(lv, *_indices())
         (exponent,) = _products([(sums, g2_s.at[wg])])
         factor = jnp.exp2(exponent).astype(f16)
         odd_factor = factor * odd
@@ -406,8 +412,8 @@ def _chunk_kernel(
             if normalize_qk:
                 dx = _rows(inverse_norm(square)) * (dx - read(x16.at[wg]) * _rows(total_over_wgs(dot)))
             x_out.at[wg][...] = (dx * _rows(unscale)).astype(x_out.dtype)
-        wg, (I, J) = here(), positions()
-        later = _one_where(J >= I, bf16)
+        wg, (row, column) = here(), _indices()
+        later = _between(column, row - 1, row * 0 + C).astype(f32).astype(bf16)
         (dg,) = _products([(later, work_b.at[wg, 0]), (later, work_b.at[wg, 1])])
         dg = (dg + _columns(plgpu.load(boundary_s, layout=COL))) * _rows(row_weight(DG_UNSCALE, parity))
         if kind.raw:

@@ -22,7 +22,8 @@ _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element
 
 
 def _round(x, dtype=f16):
-    return x.astype(dtype).astype(f32)
+    """Rounds and widens; the barrier keeps the compiler from dropping the pair of conversions."""
+    return lax.optimization_barrier(x.astype(dtype)).astype(f32)
 
 
 def cotangent_scale(
