@@ -1,5 +1,6 @@
 """Parameters: their logical axis names (no mesh is needed to make one) and how their first values are drawn."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -44,16 +45,20 @@ def random_bits(rngs: nnx.Rngs, shape: Sequence[int]) -> UInt32[Array, "..."]:
     Source: Jarzynski and Olano, Hash Functions for GPU Rendering, JCGT 9(3), 2020.
     """
     stream = rngs.params
-    key = jax.random.key_data(stream.key[...]).astype(jnp.uint32)
     draw = jnp.asarray(stream.count[...], jnp.uint32)
     stream.count[...] += 1
-    inner = [jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), d) for d in range(len(shape))]
-    low, high = jnp.zeros(tuple(shape), jnp.uint32), jnp.zeros(tuple(shape), jnp.uint32)
+    return _hash_positions(jax.random.key_data(stream.key[...]), draw, tuple(shape))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _hash_positions(key: UInt32[Array, "2"], draw: UInt32[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    low, high = jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32)
     for d, size in enumerate(shape):  # two words, since a stack of experts has more than 2^32 elements
+        position = jax.lax.broadcasted_iota(jnp.uint32, shape, d)
         if d < len(shape) - 2:
-            high = high * jnp.uint32(size) + inner[d]
+            high = high * jnp.uint32(size) + position
         else:
-            low = low * jnp.uint32(size) + inner[d]
+            low = low * jnp.uint32(size) + position
     return _pcg4d(low, high, jnp.full_like(low, key[-1]), jnp.full_like(low, key[0] + draw * jnp.uint32(0x9E3779B9)))
 
 

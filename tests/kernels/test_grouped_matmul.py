@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul
 
-# Largest error over the largest magnitude of the float64 loop; measured 3e-7 (float32), 3e-3 (bfloat16).
+# Largest error over the largest magnitude of the float64 loop; measured 2.1e-7 (float32), 3.2e-3 (bfloat16).
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}
 SIZES = {  # rows per group; the array has 150 rows
     "even": (30, 30, 30, 30, 30),

@@ -9,8 +9,9 @@ import pytest
 
 from pallas_kernels.ssd.api import IMPLEMENTATIONS, chunk_ssd
 
-# Largest error over the largest magnitude of the reference; measured 4e-7 (float32), 4e-3 (bfloat16).
-TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
+# Largest error over the largest magnitude of the reference; measured 4.3e-7 for both (bfloat16 inputs, float32 inside);
+# bfloat16 results may differ by one rounding.
+TOLERANCE = {"float32": 3e-6, "bfloat16": 4e-3}
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 CASES = {  # B, T, H, HV, K, V, tile
     "one_token": (1, 1, 1, 1, 4, 4, None),
