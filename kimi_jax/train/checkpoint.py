@@ -1,6 +1,7 @@
 """Checkpoints: what they hold, how they are written while training goes on, and what a reader may find wrong."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,9 @@ class CheckpointStore:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         handlers = {name: ocp.StandardCheckpointHandler() for name in (MODEL, OPTIMIZER)}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in (POSITION, METADATA)}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._writable = keep is not None
+        with _silent("absl"):  # orbax warns of every reader that it cannot write
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +79,8 @@ class CheckpointStore:
 
         A failure of the write before this one (a full disk) is raised here.
         """
+        if not self._writable:
+            raise ValueError(f"CheckpointStore {self.directory}: opened for reading (keep=None)")
         items = {
             MODEL: ocp.args.StandardSave(_model_part(state)),
             OPTIMIZER: ocp.args.StandardSave(_optimizer_part(state)),
@@ -181,6 +186,18 @@ def _as_user_error(message: Callable[[Exception], str], *kinds: type[Exception])
         raise
     except kinds as error:
         raise UserError(message(error)) from error
+
+
+@contextlib.contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Drops the messages of one logger below errors."""
+    target = logging.getLogger(logger)
+    former = target.level
+    target.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        target.setLevel(former)
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,9 @@ class Display:
     """
 
     def __init__(self, log: Path, *, steps: int):
-        self._terminal = Console()
+        self._terminal = Console(soft_wrap=True)
+        if not self._terminal.is_terminal:
+            self._terminal.width = LOG_WIDTH
         log.parent.mkdir(parents=True, exist_ok=True)
         self._file = log.open("a")
         self._log = Console(file=self._file, width=LOG_WIDTH, no_color=True)

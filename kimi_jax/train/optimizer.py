@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
+from rich import box
 from rich.table import Table
 
 from kimi_jax.config.optim import Muon, Optimizer
@@ -128,10 +129,9 @@ def clip_by_global_norm(grads: PyTree, limit: float | None) -> tuple[PyTree, Flo
 
 def assignment_table(assignments: Mapping[Path, Assignment], weight_decay: float) -> Table:
     """The printed table: parameter, shape, optimizer, matrix, weight decay."""
-    table = Table(title="Optimizer of every parameter", title_justify="left")
-    columns: list[tuple[str, Any]] = [("parameter", "left"), ("shape", "left"), ("optimizer", "left")]
-    for name, justify in [*columns, ("matrix (rows x columns)", "left"), ("weight decay", "right")]:
-        table.add_column(name, justify=justify, overflow="fold")
+    table = Table(title="Optimizer of every parameter", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("parameter", "shape", "optimizer", "matrix (rows x columns)", "weight decay"):
+        table.add_column(name, overflow="fold")
     for path, a in sorted(assignments.items(), key=lambda item: [str(part) for part in item[0]]):
         decay = f"{weight_decay:g}" if a.decay and weight_decay else "-"
         shape = " x ".join(map(str, a.shape))

@@ -56,7 +56,7 @@ def _moonlight_step(weight, grad, buffer, lr, cfg):
     return weight, buffer
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 1.5e-1)])  # measured X
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-4), (jnp.bfloat16, 2e-1)])  # measured 1.7e-5, 5.9e-2
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (12, 12)])
 def test_three_steps_equal_moonlights(shape, dtype, tolerance):
     rng = np.random.default_rng(1)
@@ -70,7 +70,6 @@ def test_three_steps_equal_moonlights(shape, dtype, tolerance):
         updates, state = transform.update({"w": jnp.asarray(grad, jnp.float32)}, state)
         got["w"] = got["w"] - lr * (updates["w"] + MUON.weight_decay * got["w"])
     moved = lr * 0.2 * np.sqrt(max(shape))
-    print("MEAS", np.abs(got["w"] - weight).max() / moved)
     assert np.abs(got["w"] - weight).max() / moved < tolerance
 
 
@@ -94,7 +93,7 @@ def test_every_parameter_is_assigned_and_the_table_shows_it():
     console.print(assignment_table(assignments, 0.1))
     text = console.file.getvalue()
     for path, a in assignments.items():
-        (line,) = [line for line in text.splitlines() if f" {'/'.join(path)} " in line]
+        (line,) = [line for line in text.splitlines() if f"{'/'.join(path)} " in line]
         assert f" {a.optimizer} " in line and ("0.1" in line) == a.decay
     assert "6 of 8 x 4 (embed x ffn)" in text and "12 x 8 (heads*head_dim x embed)" in text
 

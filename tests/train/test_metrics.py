@@ -1,0 +1,75 @@
+"""metrics.jsonl: each step once, whatever happened; optional sinks; the plot."""
+
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from kimi_jax.errors import UserError
+from kimi_jax.train.metrics import JsonLines, open_sinks, read_metrics
+from kimi_jax.train.plot import _smooth, plot_loss
+from kimi_jax.train.run_dir import RunDir
+
+
+def _write(path, steps, *, last_step):
+    sink = JsonLines(path, last_step=last_step)
+    for step in steps:
+        sink.write({"step": step, "loss_nats": 1.0 / step})
+    sink.close()
+
+
+def test_lines_after_the_restored_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    _write(path, range(1, 8), last_step=0)
+    with path.open("a") as file:
+        file.write('{"step": 8, "loss')
+    _write(path, range(5, 10), last_step=4)
+    assert read_metrics(path) == [{"step": step, "loss_nats": 1.0 / step} for step in range(1, 10)]
+
+
+def test_numbers_survive_exactly_and_not_finite_ones_become_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path, last_step=0)
+    value = float(np.float32(0.1))
+    sink.write({"step": 1, "loss_nats": value, "grad_norm": float("nan"), "lr": float("inf"), "tokens": 3})
+    sink.close()
+    assert read_metrics(path) == [{"step": 1, "loss_nats": value, "grad_norm": None, "lr": None, "tokens": 3}]
+
+
+def test_damage_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is no JSON object"):
+        read_metrics(path)
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("logging", "package"), [({"tensorboard": True}, "tensorboardX"), ({"wandb": {"project": "p"}}, "wandb")]
+)
+def test_missing_package_is_named_with_the_extra(hybrid, changed, tmp_path, monkeypatch, logging, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    cfg = changed(hybrid, logging={"tensorboard": False, "wandb": None} | logging)
+    with pytest.raises(UserError, match=rf"package {package} is not installed; pip install 'kimi_jax\[log\]'"):
+        open_sinks(cfg, RunDir(tmp_path), last_step=0)
+
+
+def test_smoothing_neither_lags_nor_moves_a_line():
+    line = np.linspace(5.0, 1.0, 400)
+    np.testing.assert_allclose(_smooth(line)[:380], line[:380], atol=1e-9)
+    noise = np.random.default_rng(0).normal(size=400)
+    assert _smooth(noise)[100:].std() < 0.4
+
+
+def test_plot(tmp_path):
+    path = tmp_path / "plots" / "loss.png"
+    plot_loss([], path, title="empty")
+    assert not path.exists(), "nothing to draw yet"
+    plot_loss([{"step": 1, "loss_nats": 5.0}], path, title="one point")
+    one = imread(path)
+    records = [{"step": step, "loss_nats": 5.0 / step} for step in range(1, 50)]
+    records[-1]["validation_loss_nats"] = 0.2
+    plot_loss(records, path, title="curve")
+    assert imread(path).shape == one.shape and not np.array_equal(imread(path), one)
+    assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
