@@ -8,6 +8,7 @@ from pallas_kernels.kda.gates import Gate
 from pallas_kernels.segments import segment_starts
 
 L2_EPS = 1e-6  # added to the sum of squares, under the root
+BLOCK = 64  # tokens between two states that the backward keeps
 
 
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
@@ -55,7 +56,7 @@ def chunk_kda(
     normalize_qk: bool,
     tile: int | None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
-    """See `pallas_kernels.kda.api.chunk_kda`; gradients by automatic differentiation of the scan."""
+    """See `pallas_kernels.kda.api.chunk_kda`; gradients by automatic differentiation of the recurrence."""
     del tile  # one token at a time
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     out_dtype, dtype = v.dtype, jnp.promote_types(q.dtype, jnp.float32)
@@ -75,8 +76,23 @@ def chunk_kda(
         return kda_step(state, *token_inputs)
 
     first = jnp.zeros((B, HV, V, K), dtype) if initial_state is None else initial_state.astype(dtype)
-    final, o = jax.lax.scan(token, first, tuple(jnp.moveaxis(x, 1, 0) for x in (starts, q, k, v, g, beta)))
+    final, o = _scan_in_blocks(token, first, tuple(jnp.moveaxis(x, 1, 0) for x in (starts, q, k, v, g, beta)))
     return clean(jnp.moveaxis(o, 0, 1)).astype(out_dtype), final
+
+
+def _scan_in_blocks(step, first, xs):
+    """`lax.scan(step, first, xs)` whose backward keeps one state per block; zeros must leave the state alone."""
+    T = xs[0].shape[0]
+    block = min(BLOCK, T)
+
+    def split(x):
+        return jnp.pad(x, ((0, -T % block), *((0, 0),) * (x.ndim - 1))).reshape(-1, block, *x.shape[1:])
+
+    def run_block(state, inputs):
+        return jax.lax.scan(step, state, inputs)
+
+    last, ys = jax.lax.scan(jax.checkpoint(run_block), first, tuple(map(split, xs)))
+    return last, ys.reshape(-1, *ys.shape[2:])[:T]
 
 
 def step_kda(
