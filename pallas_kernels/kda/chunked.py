@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.kda.gates import Gate
-from pallas_kernels.kda.levels import Decays, Dot, attention_and_solver, chunk_decays, pair_gradients
+from pallas_kernels.kda.levels import Decays, Dot, attention_and_solver, chunk_decays, interleave, pair_gradients
 from pallas_kernels.kda.reference import read_and_write_vectors
 from pallas_kernels.segments import segment_starts
 
@@ -163,7 +163,7 @@ def _prepare(options: _Options, inputs: _Inputs) -> tuple[_Chunks, Float[Array, 
 def _operands(chunks: _Chunks, dot: Dot) -> tuple[_Operands, Decays]:
     q, k, v, g, beta = chunks
     decays = chunk_decays(g)
-    attention, solver = attention_and_solver(q, k, beta, decays.levels, dot)
+    attention, solver = attention_and_solver(interleave(q, beta[..., None] * k), k, decays.levels, dot)
     q_in, k_in, k_out = q * decays.from_start, k * decays.from_start, k * decays.to_end
     return _Operands(v, beta, q_in, k_in, k_out, decays.whole, attention, solver), decays
 
@@ -242,12 +242,13 @@ def _chunk_gradients(
     q, k, v, _, beta = chunks
     dv = beta[..., None] * adjoint
     error = v - dot("...ck,...vk->...cv", operands.k_in, states)
-    pairs = pair_gradients(q, k, beta, d_o, adjoint, new_values, decays.levels, dot)
-    dq = decays.from_start * dot("...cv,...vk->...ck", d_o, states) + pairs.dq
-    dk_reader = beta[..., None] * pairs.reader - decays.from_start * dot("...cv,...vk->...ck", dv, states)
+    readers, d_rows = interleave(q, beta[..., None] * k), interleave(d_o, -adjoint)
+    dq, d_reader, d_writer = pair_gradients(readers, k, d_rows, new_values, decays.levels, dot)
+    dq += decays.from_start * dot("...cv,...vk->...ck", d_o, states)
+    dk_reader = beta[..., None] * d_reader - decays.from_start * dot("...cv,...vk->...ck", dv, states)
     dk_out = decays.to_end * dot("...cv,...vk->...ck", new_values, d_states)
-    dk_writer = pairs.writer + dk_out
-    d_beta = jnp.sum(adjoint * error, axis=-1) + jnp.sum(pairs.reader * k, axis=-1)
+    dk_writer = d_writer + dk_out
+    d_beta = jnp.sum(adjoint * error, axis=-1) + jnp.sum(d_reader * k, axis=-1)
     d_sum = q * dq + k * (dk_reader - dk_writer)
     d_whole = decays.whole * jnp.sum(states * d_states, axis=-2) + jnp.sum(k * dk_out, axis=-2)
     d_sum = d_sum.at[..., -1, :].add(d_whole)

@@ -76,67 +76,73 @@ def _merge(diagonal: Float[Array, "*B N b b"], off: Float[Array, "*B M b b"]) ->
     return jnp.concatenate([upper, lower], axis=-2)
 
 
+def interleave(x: Float[Array, "*B C D"], y: Float[Array, "*B C D"]) -> Float[Array, "*B 2C D"]:
+    """Rows x_1, y_1, x_2, y_2, ...: both then take part in one matrix product per level."""
+    *lead, C, D = x.shape
+    return jnp.stack([x, y], axis=-2).reshape(*lead, 2 * C, D)
+
+
+def _decayed_rows(readers: Float[Array, "*B 2C K"], row: Float[Array, "*B M b K"]) -> Float[Array, "*B M w K"]:
+    """The readers in odd blocks, each pair of rows decayed alike."""
+    return halves(readers, 2 * row.shape[-2])[1] * jnp.repeat(row, 2, axis=-2)
+
+
 def attention_and_solver(
-    q: Float[Array, "*B C K"],
-    k: Float[Array, "*B C K"],
-    beta: Float[Array, "*B C"],
-    levels: list[Level],
-    dot: Dot,
+    readers: Float[Array, "*B 2C K"], k: Float[Array, "*B C K"], levels: list[Level], dot: Dot
 ) -> tuple[Float[Array, "*B C C"], Float[Array, "*B C C"]]:
     """Builds, from single tokens up, what queries read inside the chunk and the inverse of the delta-rule system.
 
+    Args:
+      readers: q_i and beta_i k_i, interleaved.
+      k: keys, the writers.
+      levels: decay factors.
+      dot: an einsum.
+
     Returns:
-      (A, S): A_ij = sum_d q_id k_jd decay_ijd for j <= i, and S = (I + L)^-1 where L_ij is beta_i times the same sum
-      with k_i in place of q_i, for j < i. Both lower triangular. The inverse of two coupled blocks is exact:
-      [[X, 0], [-Y L X, Y]], so L is never kept.
+      (A, (I + L)^-1), lower triangular: A_ij = sum_d q_id k_jd decay_ijd for j <= i, and L_ij the same with beta_i k_i
+      in place of q_i for j < i. The inverse of two coupled blocks is exact, [[X, 0], [-Y L X, Y]], so L is never kept.
     """
-    attention = jnp.sum(q * k, axis=-1)[..., None, None]
+    attention = jnp.sum(readers[..., 0::2, :] * k, axis=-1)[..., None, None]
     solver = jnp.ones_like(attention)
     for level in levels:
-        b = level.row.shape[-2]
-        keys = halves(k, b)[0] * level.col
-        reads = dot("...ik,...jk->...ij", halves(q, b)[1] * level.row, keys)
-        coupling = dot("...ik,...jk->...ij", halves(beta[..., None] * k, b)[1] * level.row, keys)
+        keys = halves(k, level.row.shape[-2])[0] * level.col
+        products = dot("...ik,...jk->...ij", _decayed_rows(readers, level.row), keys)
+        reads, coupling = products[..., 0::2, :], products[..., 1::2, :]
         even, odd = solver[..., 0::2, :, :], solver[..., 1::2, :, :]
         solver = _merge(solver, -dot("...ij,...jl->...il", odd, dot("...ij,...jl->...il", coupling, even)))
         attention = _merge(attention, reads)
     return attention[..., 0, :, :], solver[..., 0, :, :]
 
 
-class PairGradients(NamedTuple):
-    """Gradients of the pairs inside a chunk; `writer` is the part in which k_j stands behind the decay."""
-
-    dq: Float[Array, "*B C K"]
-    reader: Float[Array, "*B C K"]  # d L / d k_i before the factor beta_i
-    writer: Float[Array, "*B C K"]
-
-
 def pair_gradients(
-    q: Float[Array, "*B C K"],
+    readers: Float[Array, "*B 2C K"],
     k: Float[Array, "*B C K"],
-    beta: Float[Array, "*B C"],
-    d_o: Float[Array, "*B C V"],
-    adjoint: Float[Array, "*B C V"],
+    d_rows: Float[Array, "*B 2C V"],
     new_values: Float[Array, "*B C V"],
     levels: list[Level],
     dot: Dot,
-) -> PairGradients:
-    """Pulls dA = tril(d_o new_values^T) and dL = -stril(adjoint new_values^T) back to q and k, level by level.
+) -> tuple[Float[Array, "*B C K"], Float[Array, "*B C K"], Float[Array, "*B C K"]]:
+    """Pulls gradients of the matrices A and L of `attention_and_solver` back to their factors, level by level.
 
-    Neither dA nor dL is formed beyond the block of the level at hand.
+    Those gradients are tril(d_o new_values^T) and -stril(adjoint new_values^T); only the blocks of one level are formed
+    at a time.
+
+    Args:
+      readers, k, levels, dot: as in `attention_and_solver`.
+      d_rows: d_o and -adjoint, interleaved.
+      new_values: what each token wrote.
+
+    Returns:
+      Gradients of q_i, of beta_i k_i as readers, and of k_j as the writer.
     """
-    d_diagonal = jnp.sum(d_o * new_values, axis=-1, keepdims=True)
-    dq, reader, writer = d_diagonal * k, jnp.zeros_like(k), d_diagonal * q
+    d_diagonal = jnp.sum(d_rows[..., 0::2, :] * new_values, axis=-1, keepdims=True)
+    d_readers, d_writers = jnp.zeros_like(readers), d_diagonal * readers[..., 0::2, :]
     for level in levels:
         b = level.row.shape[-2]
-        values = halves(new_values, b)[0]
-        d_attention = dot("...iv,...jv->...ij", halves(d_o, b)[1], values)
-        d_coupling = -dot("...iv,...jv->...ij", halves(adjoint, b)[1], values)
         keys = halves(k, b)[0] * level.col
-        none = jnp.zeros_like(keys)
-        dq += join_halves(none, level.row * dot("...ij,...jk->...ik", d_attention, keys))
-        reader += join_halves(none, level.row * dot("...ij,...jk->...ik", d_coupling, keys))
-        back = dot("...ij,...ik->...jk", d_attention, halves(q, b)[1] * level.row)
-        back += dot("...ij,...ik->...jk", d_coupling, halves(beta[..., None] * k, b)[1] * level.row)
-        writer += join_halves(level.col * back, none)
-    return PairGradients(dq, reader, writer)
+        weights = dot("...iv,...jv->...ij", halves(d_rows, 2 * b)[1], halves(new_values, b)[0])
+        d_odd = jnp.repeat(level.row, 2, axis=-2) * dot("...ij,...jk->...ik", weights, keys)
+        d_even = level.col * dot("...ij,...ik->...jk", weights, _decayed_rows(readers, level.row))
+        d_readers += join_halves(jnp.zeros_like(d_odd), d_odd)
+        d_writers += join_halves(d_even, jnp.zeros_like(d_even))
+    return d_diagonal * k + d_readers[..., 0::2, :], d_readers[..., 1::2, :], d_writers
