@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.kda import chunked, reference
+from pallas_kernels.kda import chunked, mosaic_gpu, reference
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
 
 # Fastest first.
 IMPLEMENTATIONS = {
+    "mosaic_gpu": Implementation(mosaic_gpu.chunk_kda, mosaic_gpu.refuse),
     "chunked": Implementation(chunked.chunk_kda, chunked.refuse),
     "reference": Implementation(reference.chunk_kda),
 }

@@ -88,6 +88,15 @@ def hidden_zero(_):
     return mosaic.FragmentedArray.splat(value, (), is_signed=True)
 
 
+@plgpu.inline_mgpu()
+def meet(_):
+    """Waits for the other warps of the warpgroup: enough before overwriting what their products have finished reading.
+
+    `plgpu.commit_smem` also makes writes visible to the matrix unit, and waits for them.
+    """
+    mosaic.warpgroup_barrier()
+
+
 def by_row(x, shape=(C, C)):
     return lax.broadcast_in_dim(x, shape, (0,))
 
@@ -143,7 +152,7 @@ def _levels(gx, k_s, q_s, m_s, beta_s, aqk, halves, zero):
         anchor = jnp.where(second, row & -b, (row & -b) + b)
         span = _between(column, jnp.minimum(row, anchor), jnp.maximum(row, anchor))
         t16 = t.astype(f16)
-        plgpu.commit_smem()  # the last level's products are past their reads of m and x
+        meet()  # the last level's products are past their reads of m
         m_s[...] = t16
         queries = []
         for half in range(halves):
@@ -160,7 +169,7 @@ def _levels(gx, k_s, q_s, m_s, beta_s, aqk, halves, zero):
         (kk,) = products([(key, key.T) for key in keys])  # after qk, not beside it: registers
         part = (kk * minus_beta).astype(f16) * pair
         (right,) = products([(part, m_s)])
-        plgpu.commit_smem()
+        meet()
         m_s[...] = right.astype(f16)
         plgpu.commit_smem()
         return add_product(t, t16, m_s), aqk
@@ -168,30 +177,30 @@ def _levels(gx, k_s, q_s, m_s, beta_s, aqk, halves, zero):
     return lax.fori_loop(0, LEVELS, level, (identity.astype(f32), aqk * identity))
 
 
-def _load_inputs(chunk, refs, buffers, arrived, *, halves, group, packed):
-    """Starts every copy into shared memory that one chunk needs."""
+def _load_inputs(chunk, refs, buffers, gates_in, heads_in, *, halves, group, packed):
+    """Starts every copy into shared memory that one chunk needs; the gate comes first, and is worked on meanwhile."""
     b, n, hv, bh = chunk
     q, k, g, beta, bias, code = refs
     q_s, k_s, g_s, beta_s, bias_s, code_s = buffers
     rows, h = pl.ds(n * C, C), lax.div(hv, group)
     for half in range(halves):
-        plgpu.copy_gmem_to_smem(g.at[b, rows, hv, pl.ds(half * HALF, HALF)], g_s.at[half], arrived)
-    plgpu.copy_gmem_to_smem(bias.at[hv], bias_s, arrived)
-    plgpu.copy_gmem_to_smem(beta.at[bh, n], beta_s, arrived)
+        plgpu.copy_gmem_to_smem(g.at[b, rows, hv, pl.ds(half * HALF, HALF)], g_s.at[half], gates_in)
+    plgpu.copy_gmem_to_smem(bias.at[hv], bias_s, gates_in)
+    plgpu.copy_gmem_to_smem(beta.at[bh, n], beta_s, gates_in)
     if packed:
-        plgpu.copy_gmem_to_smem(code.at[b, n], code_s, arrived)
-    plgpu.copy_gmem_to_smem(k.at[b, rows, h], k_s, arrived)
-    plgpu.copy_gmem_to_smem(q.at[b, rows, h], q_s, arrived)
+        plgpu.copy_gmem_to_smem(code.at[b, n], code_s, gates_in)
+    plgpu.copy_gmem_to_smem(k.at[b, rows, h], k_s, heads_in)
+    plgpu.copy_gmem_to_smem(q.at[b, rows, h], q_s, heads_in)
 
 
 def _chunk_kernel(chunk, refs, rate, outs, scratch, zero, *, gate, scale, normalize, halves, group, packed):
     """One chunk of one head by one warpgroup; see `Prepared` for what it writes."""
     _, n, _, bh = chunk
     kg_o, kr_o, qg_o, t_o, aqk_o, gamma_o = outs
-    (q_raw, q_s), (k_raw, k_s), (g_raw, gx), m_s, beta_s, bias_s, code_s, gamma_s, arrived = scratch
+    (q_raw, q_s), (k_raw, k_s), (g_raw, gx), m_s, beta_s, bias_s, code_s, gamma_s, gates_in, heads_in = scratch
     inputs = (q_raw, k_raw, g_raw, beta_s, bias_s, code_s)
-    _load_inputs(chunk, refs, inputs, arrived, halves=halves, group=group, packed=packed)
-    plgpu.barrier_wait(arrived)
+    _load_inputs(chunk, refs, inputs, gates_in, heads_in, halves=halves, group=group, packed=packed)
+    plgpu.barrier_wait(gates_in)
     code = plgpu.load(code_s, layout=ROWS.reduce(1)) if packed else None
 
     def forget(decay):  # padding keeps the state, the first token of a segment clears it
@@ -217,6 +226,7 @@ def _chunk_kernel(chunk, refs, rate, outs, scratch, zero, *, gate, scale, normal
     for half in range(halves):
         gx.at[half][...] = decays[half]
     m_s[...] = plgpu.layout_cast(jnp.ones((C, C), f16), ROWS)
+    plgpu.barrier_wait(heads_in)
     k_s[...] = unit(k_raw, 1.0)
     q_s[...] = unit(q_raw, scale)
     plgpu.commit_smem()
@@ -225,7 +235,7 @@ def _chunk_kernel(chunk, refs, rate, outs, scratch, zero, *, gate, scale, normal
         (total,) = products([(gx.at[half].T, m_s.at[pl.ds(0, 8)].T)], shape=(HALF, 8))
         gamma_s[pl.ds(half * HALF, HALF)] = jnp.exp2(jnp.max(total, 1))
     t, aqk = _levels(gx, k_s, q_s, m_s, beta_s, diagonal.astype(f16), halves, zero)
-    plgpu.commit_smem()
+    meet()
     m_s[...] = t.astype(f16)
 
     row, column = _indices(zero)
@@ -314,15 +324,15 @@ def prepare(
             unsafe_no_auto_barriers=True,  # the kernel commits by hand: worth 1-2 %
             reduction_scratch_bytes=0,  # only sums along rows, which stay inside a warp
         ),
-        scratch_types=_scratch(q.dtype, g.dtype, K, copies=4 + halves + packed),
+        scratch_types=_scratch(q.dtype, g.dtype, K, gate_copies=2 + halves + packed),
     )
     return launch(q, k, g, beta, bias, rate, *([code] if packed else []))
 
 
-SCRATCH = 9  # buffers made by _scratch
+SCRATCH = 10  # buffers made by _scratch
 
 
-def _scratch(dtype, gate_dtype, K: int, copies: int):
+def _scratch(dtype, gate_dtype, K: int, gate_copies: int):
     """Shared memory of all teams, as the kernel unpacks it; raw inputs share their bytes with what replaces them."""
     gates = tile(TEAMS, 4, C, HALF)  # float16: decay (2 tiles), then this level's keys (2 tiles)
     raw = tile(TEAMS, 2 if gate_dtype == f32 else 4, C, HALF, dtype=gate_dtype)
@@ -335,7 +345,8 @@ def _scratch(dtype, gate_dtype, K: int, copies: int):
         plgpu.SMEM((TEAMS, K), f32),
         plgpu.SMEM((TEAMS, C), i32),
         plgpu.SMEM((TEAMS, K), f32),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=TEAMS),
+        plgpu.Barrier(num_arrivals=gate_copies, num_barriers=TEAMS),
+        plgpu.Barrier(num_arrivals=2, num_barriers=TEAMS),
     ]
 
 

@@ -1,0 +1,192 @@
+"""The Hopper kernels of KDA: their mirror and their lowering on a CPU, themselves on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.kda import chunk_kda, mirror, mosaic_gpu
+from pallas_kernels.kda.cases import BY_NAME, GRID, Case, make_gate, make_inputs, run
+from pallas_kernels.testing import assert_all_close, error_ratio
+
+SERVED = [case for case in GRID if case.dtype != "float32" and max(case.key_dim, case.value_dim) <= 128]
+NAMES = [case.name for case in SERVED]
+QUICK = [case for case in SERVED if not case.name.startswith("B") or case.time in (500, 1500)]
+on_gpu = pytest.mark.gpu
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mirrored(case, inputs):
+    scale = case.key_dim**-0.5 if case.scale is None else case.scale
+    options = mosaic_gpu.Options(scale, case.normalize_qk, mirror.prepare, mirror.recur)
+    gate = make_gate(case, inputs)
+    return mosaic_gpu.padded(options, *inputs[:5], gate, inputs.initial_state, inputs.segment_ids)
+
+
+def _exact(case, inputs):
+    """The token recurrence in float64, without gradients."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs)
+        return [np.asarray(x) for x in jax.jit(run, static_argnums=(0, 2))(case, wide, "reference")]
+
+
+def _check(case, got, inputs):
+    names = ("o", "final_state")
+    got, want = (dict(zip(names, x, strict=True)) for x in (got, _exact(case, inputs)))
+    assert_all_close(got, want, {name: case.tolerance[name] for name in names})
+
+
+@pytest.mark.parametrize("case", QUICK, ids=[case.name for case in QUICK])
+def test_the_mirror_computes_the_recurrence(case):
+    case = case.reduced()
+    inputs = make_inputs(case)
+    _check(case, _mirrored(case, inputs), inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SERVED, ids=NAMES)
+def test_the_mirror_computes_the_recurrence_in_full(case):
+    inputs = make_inputs(case)
+    _check(case, _mirrored(case, inputs), inputs)
+
+
+def test_padding_may_hold_anything():
+    case = BY_NAME["packed-one-token-documents"]
+    inputs = make_inputs(case)
+    padding = inputs.segment_ids == 0
+
+    def poison(x):
+        return np.where(padding.reshape(*padding.shape, *(1,) * (x.ndim - 2)), x.dtype.type(np.nan), x)
+
+    poisoned = inputs._replace(**{name: poison(getattr(inputs, name)) for name in ("q", "k", "v", "g", "beta")})
+    for got, want in zip(_mirrored(case, poisoned), _mirrored(case, inputs), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert not np.any(np.asarray(_mirrored(case, poisoned)[0])[padding])
+
+
+LOWERED = {
+    "softplus": Case("a", 1, 128, 2, 2, 128, 128, dtype="bfloat16", gate="softplus", normalize_qk=True),
+    "bounded-packed-grouped": Case(
+        "b", 2, 100, 1, 2, 128, 128, dtype="float16", gate="lower_bound", lengths=(30, 60), normalize_qk=True
+    ),
+    "log-decay": Case("c", 1, 64, 1, 1, 128, 128, dtype="bfloat16"),
+    "narrow-keys": Case("d", 1, 70, 1, 1, 60, 128, dtype="bfloat16", gate="softplus"),
+    "narrow-values": Case("e", 1, 64, 70, 70, 128, 30, dtype="bfloat16", gate="lower_bound", slope=False),
+}
+
+
+@pytest.mark.parametrize("case", LOWERED.values(), ids=LOWERED)
+def test_every_configuration_lowers_for_cuda(case):
+    inputs = make_inputs(case)
+    gate = make_gate(case, inputs)
+
+    def call(q, k, v, g, beta, state):
+        options = mosaic_gpu.Options(0.1, case.normalize_qk)
+        return mosaic_gpu.padded(options, q, k, v, g, beta, gate, state, inputs.segment_ids)
+
+    lowered = jax.jit(call).trace(*inputs[:5], inputs.initial_state).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 2
+
+
+def test_the_states_and_errors_kept_for_the_backward_lower_for_cuda():
+    case = LOWERED["bounded-packed-grouped"]
+    inputs = make_inputs(case)
+    code = mosaic_gpu.pad_code(inputs.segment_ids, 2, 100, 28)
+    pad = functools.partial(jax.tree.map, lambda x: jnp.pad(x, ((0, 0), (0, 28), *((0, 0),) * (x.ndim - 2))))
+    options = mosaic_gpu.Options(0.1, True)
+
+    def call(arrays, state):
+        return mosaic_gpu.forward(options, *arrays, make_gate(case, inputs), state, code, keep=True)
+
+    lowered = jax.jit(call).trace(pad(inputs[:5]), inputs.initial_state).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_refusals_name_the_reason():
+    case = LOWERED["softplus"]
+    q, k, v, g, *_ = make_inputs(case)
+    assert mosaic_gpu.unserved(q, k, v, g, None) is None
+    assert "float32" in mosaic_gpu.unserved(*(x.astype(np.float32) for x in (q, k, v)), g, None)
+    assert "128" in mosaic_gpu.unserved(np.zeros((1, 1, 1, 256), q.dtype), k, v, g, None)
+    assert "tile=32" in mosaic_gpu.unserved(q, k, v, g, 32)
+    if jax.default_backend() != "gpu":
+        assert "GPU" in mosaic_gpu.refuse(q, k, v, g, None, tile=None)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+def _on_gpu(case, inputs):
+    return jax.jit(run, static_argnums=(0, 2))(dataclasses.replace(case, tile=None), inputs, "mosaic_gpu")
+
+
+@on_gpu
+@pytest.mark.parametrize("case", SERVED, ids=NAMES)
+def test_the_kernels_compute_the_recurrence(case):
+    inputs = make_inputs(case)
+    _check(case, _on_gpu(case, inputs), inputs)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["grouped", "packed-aligned", "total-forgetting"])
+def test_the_kernels_equal_their_mirror(name):
+    case = BY_NAME[name]
+    inputs = make_inputs(case)
+    for got, want in zip(_on_gpu(case, inputs), _mirrored(case, inputs), strict=True):
+        assert error_ratio(got, want) < 1e-3
+
+
+@on_gpu
+def test_two_runs_are_bit_equal():
+    case = dataclasses.replace(BY_NAME["grouped"], time=2048, heads=16, value_heads=48, key_dim=128, value_dim=128)
+    inputs = make_inputs(case)
+    for first, second in zip(_on_gpu(case, inputs), _on_gpu(case, inputs), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta"])
+def test_the_future_does_not_touch_the_past(name):
+    case = dataclasses.replace(BY_NAME["grouped"], key_dim=128, value_dim=128)
+    inputs = make_inputs(case)
+    changed = np.array(getattr(inputs, name))
+    changed[:, 77:] *= 0.5
+    before, _ = _on_gpu(case, inputs)
+    after, _ = _on_gpu(case, inputs._replace(**{name: changed}))
+    np.testing.assert_array_equal(before[:, :77], after[:, :77])
+    assert np.any(before[:, 77:] != after[:, 77:])
+
+
+@on_gpu
+def test_large_values_are_served_and_overflow_is_loud():
+    case = dataclasses.replace(BY_NAME["grouped"], dtype="bfloat16", heads=1, value_heads=1)
+    inputs = make_inputs(case)
+    large = inputs._replace(v=(inputs.v * 1000).astype(inputs.v.dtype), initial_state=inputs.initial_state * 1000)
+    _check(case, _on_gpu(case, large), large)
+    too_large = inputs._replace(v=(inputs.v.astype(np.float32) * 1e6).astype(inputs.v.dtype))
+    assert not np.isfinite(np.asarray(_on_gpu(case, too_large)[0], np.float32)).all()
+
+
+@on_gpu
+def test_auto_takes_the_kernels_and_gradients_are_defined():
+    case = BY_NAME["packed-aligned"]
+    inputs = make_inputs(case)
+
+    def loss(v, implementation):
+        o, _ = chunk_kda(
+            *inputs[:2],
+            v,
+            *inputs[3:5],
+            gate=make_gate(case, inputs),
+            segment_ids=inputs.segment_ids,
+            normalize_qk=True,
+            implementation=implementation,
+        )
+        return jnp.sum(o.astype(jnp.float32) ** 2)
+
+    assert "mosaic" in jax.jit(loss, static_argnums=1).lower(inputs.v, "auto").as_text()
+    got, want = (jax.grad(loss)(jnp.asarray(inputs.v), name) for name in ("auto", "reference"))
+    assert error_ratio(got, want) < case.tolerance["dv"]
