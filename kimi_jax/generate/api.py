@@ -31,7 +31,7 @@ class Settings:
     Attributes:
       max_new_tokens: >= 1; a text also ends at a stop token of the model.
       temperature, top_p, top_k: as in `kimi_jax.generate.sampling.make_rule`.
-      seed: of the first prompt of a batch; prompt i has seed + i, and draws what it would draw alone with that seed.
+      seed: in [0, 2^31), of the first prompt of a batch; prompt i has seed + i, and draws what it would draw alone.
     """
 
     max_new_tokens: int = 256
@@ -43,6 +43,8 @@ class Settings:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed={self.seed}: must be in [0, 2^31)")
         make_rule(self.temperature, self.top_p, self.top_k)
 
 
@@ -140,6 +142,8 @@ class Generator:
           prompts: token ids, at least one each.
           settings: how to continue.
         """
+        if not prompts:
+            raise UserError("prompts: there is none")
         rule = make_rule(settings.temperature, settings.top_p, settings.top_k)
         keys_B = jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + np.uint32(settings.seed))
         slots = round_length(padded_length(max(map(len, prompts))) + settings.max_new_tokens)

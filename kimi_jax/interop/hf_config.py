@@ -294,12 +294,14 @@ def _released_names(data: Mapping[str, Any]) -> dict[str, Any]:
     linear = {ours: data.pop(theirs) for theirs, ours in sizes.items() if theirs in data}
     if dtype:
         data.setdefault("dtype", dtype)
-    if kinds and "linear_attn_config" not in data:
+    if isinstance(kinds, list) and "linear_attn_config" not in data:
         numbered = list(enumerate(kinds, start=1))
         linear["kda_layers"] = [layer for layer, kind in numbered if kind == "linear_attention"]
         linear["full_attn_layers"] = [layer for layer, kind in numbered if kind == "full_attention"]
         data["linear_attn_config"] = linear
-    if ffns and ffns == sorted(ffns):  # "dense" before "sparse"; any other order is refused as an unknown key
+    if isinstance(ffns, list) and ffns == sorted(
+        ffns, key=str
+    ):  # "dense" before "sparse"; any other order is refused as an unknown key
         del data["mlp_layer_types"]
         data.setdefault("first_k_dense_replace", ffns.count("dense"))
     return data

@@ -1,6 +1,5 @@
 """From parameters to a public checkpoint: files, shards and dtypes; all of it or nothing is written."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ import numpy as np
 from kimi_jax.config.model import ModelConfig
 from kimi_jax.data.records import new_folder
 from kimi_jax.errors import UserError
+from kimi_jax.interop.files import CONFIG, GENERATION_CONFIG, INDEX, SINGLE, write_json
 from kimi_jax.interop.hf_config import PublicConfig, json_fields, to_public
 from kimi_jax.interop.keymap import Path_, PublicTensor, flatten, public_tensors
 from kimi_jax.interop.safetensors_file import DTYPES, NUMPY_DTYPES, TensorSpec, in_file_order, write_file
@@ -18,7 +18,6 @@ from kimi_jax.interop.tokenizer_files import write_tokenizer
 
 type Dtype = Literal["float32", "bfloat16"]
 
-CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -72,8 +71,8 @@ def export_model(
     public = to_public(model.cfg, dtype=dtype, max_length=model.max_length, **special)
     try:
         with new_folder(out_dir) as folder:
-            _write_json(folder / CONFIG, json_fields(public))
-            _write_json(folder / GENERATION_CONFIG, _generation_fields(public))
+            write_json(folder / CONFIG, json_fields(public))
+            write_json(folder / GENERATION_CONFIG, _generation_fields(public))
             if tokenizer:
                 write_tokenizer(tokenizer, folder, max_length=model.max_length)
             _write_weights(folder, model.cfg, flatten(model.params, model.buffers), DTYPES[dtype], shard_bytes)
@@ -110,11 +109,11 @@ def tensor_spec(tensor: PublicTensor, dtype: str) -> TensorSpec:
 
 
 def shard_name(index: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+    return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _write_weights(folder: Path, cfg: ModelConfig, leaves: Mapping[Path_, Any], dtype: str, shard_bytes: int) -> None:
-    shards = plan_shards(public_tensors(cfg), dtype, shard_bytes)
+    shards = plan_shards(public_tensors(cfg, leaves), dtype, shard_bytes)
     weight_map, total = {}, 0
     for index, shard in enumerate(shards):
         name = shard_name(index, len(shards))
@@ -122,7 +121,7 @@ def _write_weights(folder: Path, cfg: ModelConfig, leaves: Mapping[Path_, Any], 
         write_file(folder / name, specs, _read_arrays(shard, specs, leaves))
         weight_map |= {spec.name: name for spec in specs}
         total += sum(spec.num_bytes for spec in specs)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _read_arrays(
@@ -141,7 +140,3 @@ def _read_arrays(
 def _generation_fields(public: PublicConfig) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: getattr(public, name) for name in names if getattr(public, name) is not None}
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

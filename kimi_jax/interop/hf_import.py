@@ -1,6 +1,5 @@
 """From a public checkpoint to parameters: everything is checked against the headers before memory is taken."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +9,13 @@ import numpy as np
 
 from kimi_jax.config.model import ModelConfig
 from kimi_jax.errors import UserError
+from kimi_jax.interop.files import CONFIG, INDEX, SINGLE, read_json
 from kimi_jax.interop.hf_config import PublicConfig, from_public, read_public
 from kimi_jax.interop.keymap import Path_, PublicTensor, flatten, public_tensors, unflatten
 from kimi_jax.interop.safetensors_file import NUMPY_DTYPES, TensorSpec, read_specs, read_tensors
 from kimi_jax.models.decoder import abstract
 from kimi_jax.types import Variables
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 SHOWN = 8  # problems of one kind named before "and n more"
 
 
@@ -47,15 +46,16 @@ def import_model(folder: Path) -> PublicModel:
         that are missing, unexpected or of a wrong shape or dtype.
     """
     config_path = folder / CONFIG
-    public = read_public(_read_json(config_path), source=str(config_path))
+    public = read_public(read_json(config_path), source=str(config_path))
     cfg = from_public(public)
     stored = find_tensors(folder)
-    tensors = public_tensors(cfg)
+    _, params, buffers = abstract(cfg)
+    shapes = flatten(params, buffers)
+    tensors = public_tensors(cfg, shapes)
     problems = list(compare(tensors, stored))
     if problems:
         raise UserError([f"{folder}: {problem}" for problem in problems])
-    _, params, buffers = abstract(cfg)
-    leaves = _fill(tensors, stored, flatten(params, buffers))
+    leaves = _fill(tensors, stored, shapes)
     return PublicModel(cfg, public, unflatten(params, leaves), unflatten(buffers, leaves))
 
 
@@ -68,7 +68,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     index = folder / INDEX
     if not index.is_file():
         return {spec.name: StoredTensor(folder / SINGLE, spec) for spec in read_specs(folder / SINGLE)}
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
         raise UserError(f"{index}: weight_map must map tensor names to names of files beside it")
     found, problems = {}, []
@@ -125,20 +125,8 @@ def _fill(
     for file, inside in by_file.items():
         for tensor, value in zip(inside, read_tensors(file, [t.name for t in inside]), strict=True):
             tensor.write(leaves[tensor.path], value)
-    return {path: jnp.asarray(leaves[path]) for path in list(leaves)}
+    return {path: jnp.asarray(leaves.pop(path)) for path in list(leaves)}
 
 
 def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: is {type(data).__name__} at top level, must be an object")
-    return data

@@ -10,7 +10,6 @@ import numpy as np
 
 from kimi_jax.config.mixer import KdaMixer, MlaMixer
 from kimi_jax.config.model import DenseFfn, ModelConfig, MoeFfn
-from kimi_jax.models.decoder import abstract
 from kimi_jax.models.layout import layer_kinds, plan_layout
 from kimi_jax.types import Variables
 
@@ -153,15 +152,14 @@ class PublicTensor(NamedTuple):
         leaf[index] = self.transform.from_public(value, leaf.shape[len(index) :])
 
 
-def public_tensors(cfg: ModelConfig) -> tuple[PublicTensor, ...]:
-    """Lists every tensor of the public form of a model, in layer order; no array is made.
+def public_tensors(cfg: ModelConfig, leaves: Mapping[Path_, Any]) -> tuple[PublicTensor, ...]:
+    """Lists every tensor of the public form of a model, in layer order.
 
     Args:
       cfg: a model that has a public form (`hf_config.to_public` accepts it).
+      leaves: `flatten` of its params and buffers; only shapes are read, so `jax.ShapeDtypeStruct` will do.
     """
-    _, params, buffers = abstract(cfg)
-    shapes = {path: leaf.shape for path, leaf in flatten(params, buffers).items()}
-    return tuple(_walk(cfg, shapes))
+    return tuple(_walk(cfg, {path: leaf.shape for path, leaf in leaves.items()}))
 
 
 def _walk(cfg: ModelConfig, shapes: Mapping[Path_, Shape]) -> Iterator[PublicTensor]:

@@ -9,7 +9,8 @@ from kimi_jax.config.model import ModelConfig
 from kimi_jax.data.pipeline import open_tokenizer
 from kimi_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from kimi_jax.errors import UserError
-from kimi_jax.interop import hf_import
+from kimi_jax.interop.files import CONFIG
+from kimi_jax.interop.hf_import import import_model
 from kimi_jax.interop.tokenizer_files import load_folder_tokenizer
 from kimi_jax.models.decoder import abstract
 from kimi_jax.train.checkpoint import CheckpointStore
@@ -49,8 +50,8 @@ def load_model(path: str | Path, *, step: int | None = None) -> SavedModel:
     path = Path(path)
     if RunDir(path).config.is_file():
         return load_run(path, step)
-    if not (path / hf_import.CONFIG).is_file():
-        kind = "is no directory" if not path.is_dir() else f"has neither config.yaml (a run) nor {hf_import.CONFIG}"
+    if not (path / CONFIG).is_file():
+        kind = "is no directory" if not path.is_dir() else f"has neither config.yaml (a run) nor {CONFIG}"
         raise UserError(f"checkpoint {path}: {kind}")
     if step is not None:
         raise UserError(f"checkpoint {path}: has no steps to choose from; step={step} needs a run directory")
@@ -85,7 +86,7 @@ TOKENIZERS: dict[type, Callable[[DataConfig], Tokenizer]] = {
 
 def load_public(path: Path) -> SavedModel:
     """Reads a public checkpoint; errors as in `load_model`."""
-    model = hf_import.import_model(path)
+    model = import_model(path)
     tokenizer = load_folder_tokenizer(path)
     eos = model.public.eos_token_id
     stop_ids = (eos,) if isinstance(eos, int) else (eos or ())

@@ -1,14 +1,12 @@
 """Which files carry a tokenizer in a public checkpoint, and how the byte tokenizer is said in them."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from kimi_jax.data.tokenizers import BYTES, ByteTokenizer, Tokenizer, load_tokenizer
-from kimi_jax.errors import UserError
+from kimi_jax.interop.files import RANKS, TOKENIZER, TOKENIZER_CONFIG, read_json, write_json
 
-HF_FILE, HF_CONFIG, RANK_FILE = "tokenizer.json", "tokenizer_config.json", "tiktoken.model"
 BYTE_SPECIALS = {"<eos>": ByteTokenizer.eos_id, "<pad>": ByteTokenizer.pad_id}
 
 
@@ -21,13 +19,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
       max_length: longest sequence in tokens, for the byte tokenizer's settings.
     """
     if isinstance(tokenizer, ByteTokenizer):
-        _write_json(folder / HF_FILE, byte_tokenizer_json())
+        write_json(folder / TOKENIZER, byte_tokenizer_json())
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>"}
         settings |= {"clean_up_tokenization_spaces": False, "model_max_length": max_length}
-        _write_json(folder / HF_CONFIG, settings)
+        write_json(folder / TOKENIZER_CONFIG, settings)
         return
     main, *others = tokenizer.files
-    shutil.copyfile(main, folder / (HF_FILE if main.suffix == ".json" else RANK_FILE))
+    shutil.copyfile(main, folder / (TOKENIZER if main.suffix == ".json" else RANKS))
     for file in others:
         shutil.copyfile(file, folder / file.name)
 
@@ -38,19 +36,13 @@ def load_folder_tokenizer(folder: Path) -> Tokenizer | None:
     Raises:
       UserError: a damaged file, or one of a kind that is not supported.
     """
-    for name in (HF_FILE, RANK_FILE):
+    for name in (TOKENIZER, RANKS):
         path = folder / name
         if path.is_file():
-            return load_tokenizer(BYTES if name == HF_FILE and _is_byte_tokenizer(path) else str(path))
+            # What `write_tokenizer` writes is recognised, so that reading it needs no tokenizer library.
+            is_bytes = name == TOKENIZER and read_json(path) == byte_tokenizer_json()
+            return load_tokenizer(BYTES if is_bytes else str(path))
     return None
-
-
-def _is_byte_tokenizer(path: Path) -> bool:
-    """Recognises what `write_tokenizer` writes, so that it needs no tokenizer library to be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) == byte_tokenizer_json()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a tokenizer.json ({error})") from None
 
 
 def byte_tokenizer_json() -> dict[str, Any]:
@@ -86,7 +78,3 @@ def _byte_alphabet() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     shifted = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(shifted)) for byte in range(256)]
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Generation against the whole forward pass: the same logits token by token, in pieces, in batches, as text."""
 
+import copy
 import functools
 
 import jax
@@ -136,15 +137,14 @@ def test_characters_of_several_bytes_are_shown_whole():
     assert stream.add(0xC3) + stream.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_a_stop_token_ends_its_row_alone(graphdef_and_model, generator):
+def test_a_stop_token_ends_its_row_alone(generator):
     settings = Settings(10)
     prompts = [generator.encode(prompt) for prompt in PROMPTS]
     whole = np.array(list(generator.steps(prompts, settings)))
     stop = next(token for token in whole[2:, 0].tolist() if token not in whole[:, 1:])
     first = int(np.argmax(whole[:, 0] == stop))
-    stopping = Generator(SavedModel(**vars(graphdef_and_model[1]) | {"stop_ids": (stop,)}))
-    stopping._init, stopping._prefill = generator._init, generator._prefill
-    stopping._decode, stopping._pick = generator._decode, generator._pick
+    stopping = copy.copy(generator)
+    stopping.stop_ids = (stop,)
     steps = np.array(list(stopping.steps(prompts, settings)))
     np.testing.assert_array_equal(steps[: first + 1, 0], whole[: first + 1, 0])
     assert (steps[first + 1 :, 0] == FINISHED).all()
@@ -172,6 +172,10 @@ def test_refusals(graphdef_and_model, generator):
         generator.generate([""])
     with pytest.raises(UserError, match="max_new_tokens=0: must be at least 1"):
         Settings(0)
+    with pytest.raises(UserError, match="prompts: there is none"):
+        generator.generate([])
+    with pytest.raises(UserError, match=r"seed=-1: must be in \[0, 2\^31\)"):
+        Settings(seed=-1)
     with pytest.raises(UserError, match="temperature=-1"):
         Settings(temperature=-1)
     model = graphdef_and_model[1]

@@ -54,5 +54,5 @@ def test_other_tokenizers_are_copied(tmp_path):
 def test_no_tokenizer_and_a_damaged_one(tmp_path):
     assert load_folder_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not JSON"):
         load_folder_tokenizer(tmp_path)
