@@ -299,9 +299,8 @@ def _released_names(data: Mapping[str, Any]) -> dict[str, Any]:
         linear["kda_layers"] = [layer for layer, kind in numbered if kind == "linear_attention"]
         linear["full_attn_layers"] = [layer for layer, kind in numbered if kind == "full_attention"]
         data["linear_attn_config"] = linear
-    if isinstance(ffns, list) and ffns == sorted(
-        ffns, key=str
-    ):  # "dense" before "sparse"; any other order is refused as an unknown key
+    if isinstance(ffns, list) and ffns == sorted(ffns, key=str):
+        # "dense" before "sparse"; any other order stays, and is refused as an unknown key.
         del data["mlp_layer_types"]
         data.setdefault("first_k_dense_replace", ffns.count("dense"))
     return data
