@@ -101,14 +101,13 @@ class Case:
         return TOLERANCE["packed" if self.lengths else "dense"]
 
     def reduced(self) -> "Case":
-        """The same problem with fewer tokens and heads: T and lengths keep their remainder by 64."""
+        """The same problem with fewer tokens and heads, and chunks half as long; T keeps its remainder by 64."""
         lengths = tuple(n if n < 64 else 64 + n % 32 for n in self.lengths)
         padding = min(self.time - sum(self.lengths), 40)
         time = sum(lengths) + padding if lengths else min(self.time, 128 + self.time % 64)
         heads = min(self.heads, 2)
-        return dataclasses.replace(
-            self, batch=1, time=time, heads=heads, value_heads=heads * self.value_heads // self.heads, lengths=lengths
-        )
+        changes = {"batch": 1, "time": time, "heads": heads, "lengths": lengths, "tile": self.tile and self.tile // 2}
+        return dataclasses.replace(self, value_heads=heads * self.value_heads // self.heads, **changes)
 
 
 class Inputs(NamedTuple):
@@ -187,9 +186,9 @@ def _segment_ids(case: Case) -> np.ndarray | None:
     return np.broadcast_to(row, (case.batch, case.time))
 
 
-def make_gate(kind: str, inputs: Inputs) -> Gate:
+def make_gate(call: Call | Case, inputs: Inputs) -> Gate:
     """The gate of a case, around the arrays of its inputs."""
-    match kind:
+    match call.gate:
         case "softplus":
             return SoftplusGate(inputs.a_log, inputs.dt_bias)
         case "lower_bound":
@@ -197,11 +196,11 @@ def make_gate(kind: str, inputs: Inputs) -> Gate:
     return None
 
 
-def run(call: Call, inputs: Inputs, implementation: str = "auto") -> tuple[Array, Array]:
-    """Calls the operator as `case.call` says: (o, final_state)."""
+def run(call: Call | Case, inputs: Inputs, implementation: str = "auto") -> tuple[Array, Array]:
+    """Calls the operator on the inputs of a case: (o, final_state)."""
     return chunk_kda(
         *inputs[:5],
-        gate=make_gate(call.gate, inputs),
+        gate=make_gate(call, inputs),
         scale=call.scale,
         initial_state=inputs.initial_state,
         segment_ids=inputs.segment_ids,
@@ -211,7 +210,7 @@ def run(call: Call, inputs: Inputs, implementation: str = "auto") -> tuple[Array
     )
 
 
-def run_with_gradients(call: Call, inputs: Inputs, implementation: str = "auto") -> dict[str, Array]:
+def run_with_gradients(call: Call | Case, inputs: Inputs, implementation: str = "auto") -> dict[str, Array]:
     """Values and gradients of `run` by name: "o", "final_state", and "d" + name for every differentiable input."""
     names = [n for n in Inputs._fields[:8] if getattr(inputs, n) is not None]
 
@@ -226,11 +225,11 @@ def run_with_gradients(call: Call, inputs: Inputs, implementation: str = "auto")
 _run_with_gradients = jax.jit(run_with_gradients, static_argnums=(0, 2))
 
 
-def exact(call: Call, inputs: Inputs) -> dict[str, np.ndarray]:
+def exact(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
     """Values and gradients of the token recurrence in float64, from the same rounded inputs."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs)
-        return {name: np.asarray(x) for name, x in _run_with_gradients(call, wide, "reference").items()}
+        return {name: np.asarray(x) for name, x in _run_with_gradients(case.call, wide, "reference").items()}
 
 
 def _public(*shape: int | float | bool | str, **changes) -> Case:
