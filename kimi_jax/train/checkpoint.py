@@ -57,7 +57,8 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._manager.close()
+        with contextlib.suppress(Exception) if error else self._writing():  # the first error is the one to report
+            self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -77,7 +78,8 @@ class CheckpointStore:
     ) -> None:
         """Starts to write a checkpoint; returns when the state may be donated again, before the files are whole.
 
-        A failure of the write before this one (a full disk) is raised here.
+        Raises:
+          UserError: the write before this one failed, for instance on a full disk.
         """
         if not self._writable:
             raise ValueError(f"CheckpointStore {self.directory}: opened for reading (keep=None)")
@@ -87,12 +89,18 @@ class CheckpointStore:
             POSITION: ocp.args.JsonSave(position),
             METADATA: ocp.args.JsonSave(metadata),
         }
-        with _as_user_error(lambda error: f"checkpoint {self.path(step)}: cannot be written: {error}", OSError):
+        with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
-        """Returns when the write in progress is whole."""
-        self._manager.wait_until_finished()
+        """Returns when the write in progress is whole; raises if it failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        # tensorstore reports a full disk as ValueError
+        message = lambda error: f"checkpoints {self.directory}: cannot be written: {_first_line(error)}"
+        return _as_user_error(message, OSError, ValueError)
 
     def restore(self, step: int, target: Mapping[str, Any]) -> Restored:
         """Reads a whole checkpoint.

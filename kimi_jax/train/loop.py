@@ -4,6 +4,7 @@ import collections
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Result:
     """0, or 128 + the number of the signal that stopped the run."""
     num_params: int
     last: dict[str, Any]
-    """The last line of metrics.jsonl."""
+    """The last line of metrics.jsonl; empty if there is none."""
     compile_s: float | None
     """Seconds of compilation of the training step; None if the run was finished before."""
 
@@ -99,7 +100,6 @@ class _Loop:
         self.iterator = data.train_iterator()
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.meter = _Meter()
-        self.last: dict[str, Any] = {}
         self.saved_step = self.skipped_in_a_row = self.total_tokens = 0
 
     # -------------------------------------------------------------- start
@@ -133,7 +133,6 @@ class _Loop:
     def run(self, stop: StopRequest) -> None:
         """Takes steps until all are done or a signal comes; leaves a checkpoint of the last one."""
         self.display.start_steps(self.step)
-        self.meter.start()
         while self.step < self.cfg.steps and not stop:
             self.state, metrics = self.train_step(self.state, dict(next(self.iterator)))
             self.step += 1
@@ -152,7 +151,8 @@ class _Loop:
         """Fetches, checks and reports finished steps, oldest first, until `keep` are pending."""
         while len(self.pending) > keep:
             step, on_device = self.pending.popleft()
-            record = {"step": step, **{name: x.item() for name, x in jax.device_get(on_device).items()}}
+            numbers = {name: x.item() for name, x in jax.device_get(on_device).items()}
+            record = {"step": step, "loss_nats": numbers.pop("loss_nats"), **numbers}
             self._check_finite(record)
             self.meter.add(record["tokens"])
             self.total_tokens += record["tokens"]
@@ -168,7 +168,8 @@ class _Loop:
             return
         rule, what = self.cfg.non_finite, f"step {record['step']}: {' and '.join(bad)}"
         if not isinstance(rule, SkipNonFinite):
-            raise UserError(f"{what}; {self._last_good()}")
+            hint = "train.non_finite.kind=skip passes over such steps"
+            raise UserError(f"{what}; {self._last_good()}; {hint}")
         if self.skipped_in_a_row > rule.max_consecutive:
             limit = f"more in a row than train.non_finite.max_consecutive={rule.max_consecutive}"
             raise UserError(f"{what}; {limit}; {self._last_good()}")
@@ -185,7 +186,6 @@ class _Loop:
         logged = last or step == 1 or step % self.cfg.log_every == 0 or "validation_loss_nats" in record
         if logged:
             record |= self.meter.lap()
-            self.last = record
             for sink in self.sinks:
                 sink.write(record)
         self.display.show_step(record, logged=logged)
@@ -219,60 +219,68 @@ class _Loop:
         """Waits for the checkpoint and says how it ended."""
         self.store.wait()
         finished = self.step == self.cfg.steps
-        rate = f"{self.meter.tokens_per_s:,.0f} tokens/s"
         if finished:
-            self.display.print(f"finished {self.step} steps, {self.total_tokens:,} tokens, {rate}")
+            rate = f", {self.meter.tokens_per_s:,.0f} tokens/s" if self.meter.tokens_per_s else ""
+            self.display.print(f"finished {self.step} steps, {self.total_tokens:,} tokens{rate}")
         else:
+            saved = f"its checkpoint is {self.store.path(self.step)}" if self.step else "nothing to save"
             again = "the same command goes on from there"
-            self.display.print(f"{stop.signal.name}: stopped after step {self.step} with a checkpoint; {again}")
+            self.display.print(f"{stop.signal.name}: stopped after step {self.step}; {saved}; {again}")
         return Result(
             run_dir=self.paths,
             step=self.step,
             finished=finished,
             exit_code=0 if finished else stop.exit_code,
             num_params=_num_params(self.recipe),
-            last=self.last,
+            last=_last_record(self.paths),
             compile_s=self.compile_s,
         )
 
 
 class _Meter:
-    """Tokens per second of training: pauses for validation, checkpoints and plots do not count."""
+    """Tokens per second of training.
+
+    Pauses for validation, checkpoints and plots do not count, nor does a process's first step, which starts the threads
+    that read data.
+    """
 
     def __init__(self) -> None:
         self.tokens = self.lap_tokens = 0
         self.seconds = self.lap_seconds = 0.0
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def _stop(self) -> None:
-        seconds = time.perf_counter() - self._since
-        self.seconds += seconds
-        self.lap_seconds += seconds
-        self._since += seconds
-
-    @contextlib.contextmanager
-    def paused(self):
-        self._stop()
-        yield
-        self.start()
+        self._since: float | None = None
 
     def add(self, tokens: int) -> None:
         """Notes the tokens of a step that has just ended."""
+        if self._since is None:
+            self._since = time.perf_counter()
+            return
         self.tokens += tokens
         self.lap_tokens += tokens
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self._count()
+        yield
+        self._since = time.perf_counter()
+
     def lap(self) -> dict[str, float]:
-        """The rate since the last lap."""
-        self._stop()
+        """The rate since the last lap; empty if no step ended since."""
+        self._count()
+        if not self.lap_tokens:
+            return {}
         rate = self.lap_tokens / self.lap_seconds
         self.lap_tokens, self.lap_seconds = 0, 0.0
         return {"tokens_per_s": rate}
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        return self.tokens / self.seconds if self.tokens else 0.0
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self.seconds += seconds
+        self.lap_seconds += seconds
 
 
 def _check_vocabulary(cfg: RunConfig, data: Dataset) -> None:
@@ -299,17 +307,20 @@ def _announce(
 
 def _already_finished(recipe: Recipe, paths: RunDir, step: int) -> Result:
     print(f"{paths.path}: finished, {step} of {recipe.cfg.train.steps} steps; nothing to do")
-    records = read_metrics(paths.metrics)
     return Result(
         run_dir=paths,
         step=step,
         finished=True,
         exit_code=0,
         num_params=_num_params(recipe),
-        last=records[-1] if records else {},
+        last=_last_record(paths),
         compile_s=None,
     )
 
 
 def _num_params(recipe: Recipe) -> int:
     return sum(math.prod(assignment.shape) for assignment in recipe.assignments.values())
+
+
+def _last_record(paths: RunDir) -> dict[str, Any]:
+    return next(reversed(read_metrics(paths.metrics)), {})

@@ -61,9 +61,22 @@ def test_a_reader_leaves_the_writers_unfinished_files_alone(tmp_path):
         with pytest.raises(ValueError, match="opened for reading"):
             store.save(3, _state(), {}, {})
     assert unfinished.is_dir()
+    _save(folder, 2)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"], "the next writer removes it"
+
+
+def test_a_write_that_fails_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    folder = _save(tmp_path / "checkpoints", 1)
     with CheckpointStore(folder, keep=1) as store:
+
+        def fail():
+            raise ValueError('RESOURCE_EXHAUSTED: Error writing "params"\nmore')
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._manager, "wait_until_finished", fail)
+            with pytest.raises(UserError, match=r'checkpoints .*: cannot be written: RESOURCE_EXHAUSTED: .*"params"$'):
+                store.wait()
         assert store.steps == [1]
-    assert not unfinished.exists(), "the next writer removes what a killed one left"
 
 
 def test_another_model_is_named_parameter_by_parameter(tmp_path):
@@ -108,6 +121,8 @@ def _remove_metadata(folder):
     (folder / "model" / "_METADATA").unlink()
 
 
+# A read that fails leaves tensorstore calls under way, which complain about orbax's closed event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [_cut_files, _flip_bits, _remove_metadata])
 def test_damage_is_reported_with_the_way_out(tmp_path, damage):
     folder = _save(tmp_path / "checkpoints", 1, 2)
