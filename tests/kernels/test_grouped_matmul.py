@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Largest error over the largest magnitude of the float64 loop; measured 2.1e-7 (float32), 3.2e-3 (bfloat16).
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}
 SIZES = {  # rows per group; the array has 150 rows

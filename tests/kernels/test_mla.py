@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels.mla import xla
 from pallas_kernels.mla.api import mla_absorbed_attention, mla_attention
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, T, H, N, P, V, R = 2, 21, 2, 6, 4, 5, 7
 # Largest difference over the largest magnitude of the float64 result.
 TOLERANCE = {"o": 2e-6, "gradient": 2e-6}  # measured 2.4e-7 and 1.7e-7

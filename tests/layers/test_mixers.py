@@ -13,15 +13,17 @@ from kimi_jax.config.mixer import Mixer
 from kimi_jax.layers.param import normal
 from kimi_jax.models.block import MIXERS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 D, T = 12, 19
 LINEAR = {"num_heads": 2, "key_dim": 8, "value_dim": 6, "chunk_size": 16}
+DEFINITION = LINEAR | {"implementation": "reference"}  # compiles in half the time; operators have tests of their own
 LATENT = {"kind": "mla", "num_heads": 2, "nope_dim": 6, "rope_dim": 4, "value_dim": 8, "latent_dim": 10}
 LOW = {"rank": 3}
 VARIANTS = {
     "kda": {"kind": "kda", **LINEAR, "decay": {"kind": "channel", **LOW}, "output_gate": {"kind": "sigmoid", **LOW}},
     "kda_bounded_swish_grouped": {
         "kind": "kda",
-        **LINEAR,
+        **DEFINITION,
         "num_value_heads": 4,
         "decay": {"kind": "channel", **LOW, "gate": {"kind": "lower_bound", "bound": -5.0}},
         "output_gate": {"kind": "swish", **LOW},
@@ -29,14 +31,14 @@ VARIANTS = {
     },
     "kda_head_ungated_unconvolved": {
         "kind": "kda",
-        **LINEAR,
+        **DEFINITION,
         "decay": {"kind": "head", "gate": {"kind": "lower_bound", "bound": -2.0}},
         "output_gate": {"kind": "none"},
         "conv": {"kind": "none"},
     },
-    "kda_undecayed": {"kind": "kda", **LINEAR, "decay": {"kind": "none"}, "output_gate": {"kind": "none"}},
+    "kda_undecayed": {"kind": "kda", **DEFINITION, "decay": {"kind": "none"}, "output_gate": {"kind": "none"}},
     "gdn": {"kind": "gdn", **LINEAR, "output_gate": {"kind": "sigmoid", **LOW}},
-    "mamba2": {"kind": "mamba2", **LINEAR, "num_value_heads": 4, "output_gate": {"kind": "sigmoid", **LOW}},
+    "mamba2": {"kind": "mamba2", **DEFINITION, "num_value_heads": 4, "output_gate": {"kind": "sigmoid", **LOW}},
     "mla": LATENT,
     "mla_rope": LATENT | {"position": {"kind": "rope", "theta": 100.0}},
 }

@@ -10,6 +10,7 @@ from kimi_jax.config.model import MoeFfn
 from kimi_jax.layers.moe import Moe
 from kimi_jax.layers.param import Buffer, normal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, T, D, E, K, F = 2, 7, 6, 5, 2, 4
 SCALING = 2.446
 # Largest difference over the largest magnitude, float32 against float64; measured 2.6e-7 (values), 4.2e-7 (gradients).

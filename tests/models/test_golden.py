@@ -12,6 +12,7 @@ from kimi_jax.config.model import ModelConfig
 from kimi_jax.models.decoder import abstract, merge
 from kimi_jax.models.layout import plan_layout
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 LOW = {"rank": 6}
 CFG = ModelConfig.model_validate(
     {

@@ -12,6 +12,7 @@ from kimi_jax.config.model import ModelConfig, MoeFfn
 from kimi_jax.layers.param import normal, uniform
 from kimi_jax.models.decoder import init
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 KDA = {"num_heads": 8, "key_dim": 32, "value_dim": 16}
 CFG = ModelConfig(
     vocab_size=96,
