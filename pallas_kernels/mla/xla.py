@@ -28,7 +28,7 @@ def mla_attention(
         return _dot("BTHN,BSHN->BHTS", q_nope, k_nope) + _dot("BTHP,BSP->BHTS", q_shared, k_shared)
 
     def read(p_BHTS):
-        return _dot("BHTS,BSHV->BTHV", p_BHTS.astype(v.dtype), v).astype(v.dtype)
+        return _dot("BHTS,BSHV->BTHV", p_BHTS.astype(v.dtype), v)
 
     return _attend(scores, read, (q_nope, q_shared), k_shared, scale, segment_ids, key_segment_ids, query_offset)
 
@@ -50,7 +50,7 @@ def mla_absorbed_attention(
         return _dot("BTHR,BSR->BHTS", q_latent, latent) + _dot("BTHP,BSP->BHTS", q_shared, k_shared)
 
     def read(p_BHTS):
-        return _dot("BHTS,BSR->BTHR", p_BHTS.astype(latent.dtype), latent).astype(latent.dtype)
+        return _dot("BHTS,BSR->BTHR", p_BHTS.astype(latent.dtype), latent)
 
     return _attend(scores, read, (q_latent, q_shared), k_shared, scale, segment_ids, key_segment_ids, query_offset)
 
@@ -72,9 +72,11 @@ def _attend(scores: Callable, read: Callable, queries, keys, scale, segment_ids,
         visible_BHTS = (same_BTS & causal_TS[None])[:, None]
         logits = jnp.where(visible_BHTS, scale * scores(*queries), MASKED)
         peak = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-        p = jnp.where(visible_BHTS, jnp.exp(logits - peak), 0)
-        p = p / jnp.maximum(jnp.sum(p, -1, keepdims=True), jnp.finfo(p.dtype).tiny)
-        return read(p), jnp.max(peak, (0, 2, 3))
+        p_BHTS = jnp.exp(logits - peak)
+        total_BTH1 = jnp.swapaxes(jnp.sum(p_BHTS, -1, keepdims=True), 1, 2)
+        saw_any_BTH1 = jnp.swapaxes(peak > MASKED, 1, 2)
+        o_BTHV = jnp.where(saw_any_BTH1, read(p_BHTS) / total_BTH1, 0)
+        return o_BTHV.astype(queries[0].dtype), jnp.max(peak, (0, 2, 3))
 
     if T <= BLOCK_T:
         return attend_block(queries, segment_ids, index_T)
