@@ -4,7 +4,7 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,57 +70,58 @@ def train(cfg: RunConfig, run_dir: str | Path, resume: Resume = "auto") -> Resul
         data = build_dataset(cfg.data, batch_size=cfg.train.batch_size)
         _check_vocabulary(cfg, data)
         display = stack.enter_context(Display(paths.log, steps=cfg.train.steps))
-        environment = record_start(paths, cfg)
-        _announce(display, recipe, paths, environment, step, changes)
+        loop = _Loop(recipe, data, store, paths, display)
+        stack.callback(loop.iterator.close)
+        loop.set_state(step)  # a checkpoint that cannot be used is found before anything is written
+        _announce(display, recipe, paths, record_start(paths, cfg), step, changes)
         sinks = open_sinks(cfg, paths, last_step=step)
         for sink in sinks:
             stack.callback(sink.close)
-        loop = _Loop(recipe, data, store, paths, display, sinks)
-        stack.callback(loop.iterator.close)
         stop = stack.enter_context(catch_stop_signals())
-        loop.start(step)
-        loop.run(stop)
-        return loop.finish(stop)
+        compile_s = loop.compile()
+        loop.run(stop, sinks)
+        finished = loop.finish(stop)
+        return Result(
+            run_dir=paths,
+            step=loop.step,
+            finished=finished,
+            exit_code=0 if finished else stop.exit_code,
+            num_params=_num_params(recipe),
+            last=_last_record(paths),
+            compile_s=compile_s,
+        )
 
 
 class _Loop:
-    """One process's part of a run, from `start` to `finish`."""
+    """One process's part of a run: `set_state`, `compile`, `run`, `finish`, in this order."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        data: Dataset,
-        store: CheckpointStore,
-        paths: RunDir,
-        display: Display,
-        sinks: list[Sink],
-    ):
+    def __init__(self, recipe: Recipe, data: Dataset, store: CheckpointStore, paths: RunDir, display: Display):
         self.recipe, self.cfg, self.data, self.store = recipe, recipe.cfg.train, data, store
-        self.paths, self.display, self.sinks = paths, display, sinks
+        self.paths, self.display = paths, display
+        self.sinks: Sequence[Sink] = ()
         self.iterator = data.train_iterator()
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.meter = _Meter()
-        self.saved_step = self.skipped_in_a_row = self.total_tokens = 0
+        self.skipped_in_a_row = self.total_tokens = 0
 
     # -------------------------------------------------------------- start
-    def start(self, step: int) -> None:
-        """Compiles the step, then draws or restores the state."""
-        target = self.recipe.abstract_state()
-        self.compile_s = self._compile(target)
-        self.step = step
+    def set_state(self, step: int) -> None:
+        """Draws the state, or restores it and the data position from the checkpoint of `step`."""
+        self.step = self.saved_step = step
         if not step:
             self.state: State = jax.jit(self.recipe.init_state)(jax.random.key(self.cfg.seed))
             return
-        restored = self.store.restore(step, target)
-        self.state, self.total_tokens, self.saved_step = restored.state, restored.metadata["total_tokens"], step
+        restored = self.store.restore(step, self.recipe.abstract_state())
+        self.state, self.total_tokens = restored.state, restored.metadata["total_tokens"]
         self.iterator.set_state(restored.position)
 
-    def _compile(self, target: State) -> float:
+    def compile(self) -> float:
+        """Compiles the training step; returns the seconds it took."""
         start = time.perf_counter()
         rows, seq_len = self.cfg.batch_size, self.recipe.cfg.data.seq_len
         dtypes = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_}
         batch = {name: jax.ShapeDtypeStruct((rows, seq_len), dtype) for name, dtype in dtypes.items()}
-        step = jax.jit(build_train_step(self.recipe), donate_argnums=0).lower(target, batch)
+        step = jax.jit(build_train_step(self.recipe), donate_argnums=0).lower(self.recipe.abstract_state(), batch)
         self.train_step = step.compile()
         self.eval_step = jax.jit(build_eval_step(self.recipe))
         seconds = time.perf_counter() - start
@@ -130,8 +131,9 @@ class _Loop:
         return seconds
 
     # -------------------------------------------------------------- steps
-    def run(self, stop: StopRequest) -> None:
+    def run(self, stop: StopRequest, sinks: Sequence[Sink]) -> None:
         """Takes steps until all are done or a signal comes; leaves a checkpoint of the last one."""
+        self.sinks = sinks
         self.display.start_steps(self.step)
         while self.step < self.cfg.steps and not stop:
             self.state, metrics = self.train_step(self.state, dict(next(self.iterator)))
@@ -215,8 +217,8 @@ class _Loop:
         plot_loss(read_metrics(self.paths.metrics), self.paths.loss_plot, title=self.paths.path.absolute().name)
 
     # -------------------------------------------------------------- end
-    def finish(self, stop: StopRequest) -> Result:
-        """Waits for the checkpoint and says how it ended."""
+    def finish(self, stop: StopRequest) -> bool:
+        """Waits for the checkpoint and says how it ended; returns whether all steps are done."""
         self.store.wait()
         finished = self.step == self.cfg.steps
         if finished:
@@ -226,15 +228,7 @@ class _Loop:
             saved = f"its checkpoint is {self.store.path(self.step)}" if self.step else "nothing to save"
             again = "the same command goes on from there"
             self.display.print(f"{stop.signal.name}: stopped after step {self.step}; {saved}; {again}")
-        return Result(
-            run_dir=self.paths,
-            step=self.step,
-            finished=finished,
-            exit_code=0 if finished else stop.exit_code,
-            num_params=_num_params(self.recipe),
-            last=_last_record(self.paths),
-            compile_s=self.compile_s,
-        )
+        return finished
 
 
 class _Meter:

@@ -156,6 +156,15 @@ def test_loss_that_is_not_finite_stops_the_run(hybrid, whole, tmp_path):
     assert not (copy.checkpoints / "12").exists(), "a state that is not finite is never saved"
 
 
+def test_a_damaged_checkpoint_is_found_before_anything_is_written(hybrid, whole, tmp_path):
+    copy = _copy(whole, tmp_path / "run")
+    before = copy.metrics.read_bytes()
+    (copy.checkpoints / "8" / "model" / "_METADATA").unlink()
+    with pytest.raises(UserError, match=r"checkpoints/8: damaged: .*; remove that folder to go on from step 4"):
+        train(hybrid, copy.path)
+    assert copy.metrics.read_bytes() == before
+
+
 def test_run_directories_that_cannot_be_used(hybrid, changed, whole, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
