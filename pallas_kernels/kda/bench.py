@@ -29,6 +29,10 @@ COLUMNS = ("forward ms", "x ours", "GB/s", "TFLOP/s", "of byte floor", "fwd+bwd 
 GATES = ("softplus", "lower_bound")
 
 
+class WrongResult(RuntimeError):
+    """A result beyond its tolerance."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table; times in milliseconds, `None` where nothing was measured, with the reason in `note`."""
@@ -64,10 +68,16 @@ def measure(case: Case, peers: tuple[str, ...] = ()) -> Iterator[Row]:
 
 
 def _guarded(case: Case, name: str, measured: Callable[[], Row]) -> Row:
-    """A refusal, a missing package or too little memory is a row with a note."""
+    """A wrong result, a refusal, a missing package or too little memory is a row with a note."""
     try:
         return measured()
-    except (NotImplementedError, ImportError, jax.errors.JaxRuntimeError, bench_peers.OutOfMemory) as error:
+    except (
+        WrongResult,
+        NotImplementedError,
+        ImportError,
+        jax.errors.JaxRuntimeError,
+        bench_peers.OutOfMemory,
+    ) as error:
         return Row(case.name, name, note=_reason(error))
     finally:
         gc.collect()
@@ -126,7 +136,7 @@ def _check(case: Case, got, want) -> None:
     for name, x, y in zip(("o", "final_state"), got, want, strict=True):
         ratio = error_ratio(x, y)
         if not ratio <= TOLERANCE["dense"][name]:
-            raise NotImplementedError(f"WRONG: error ratio of {name} is {ratio:.1e}; time withheld")
+            raise WrongResult(f"WRONG, so no time: error ratio of {name} is {ratio:.1e}")
 
 
 @functools.cache
@@ -138,7 +148,7 @@ def _check_gradients(case: Case, name: str) -> None:
     for key, tolerance in small.tolerance.items():
         ratio = error_ratio(got[key], want[key])
         if not ratio <= tolerance:
-            raise NotImplementedError(f"WRONG: error ratio of {key} is {ratio:.1e}; time withheld")
+            raise WrongResult(f"WRONG, so no time: error ratio of {key} is {ratio:.1e}")
 
 
 def time_queued(call: Callable[[], object]) -> float:
