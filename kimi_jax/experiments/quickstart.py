@@ -1,5 +1,6 @@
 """The first run: train the small hybrid, compare it with bigrams of the same bytes, let it write, export it."""
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +67,12 @@ def _finish(cfg: RunConfig, result: Result) -> Outcome:
     batches = build_dataset(cfg.data, batch_size=cfg.train.batch_size).validation_batches(cfg.train.validation.batches)
     generator = load_generator(export)
     records = read_metrics(result.run_dir.metrics)
-    rates = sorted(record["tokens_per_s"] for record in records)
+    rates = [record["tokens_per_s"] for record in records if record.get("tokens_per_s")]
     return Outcome(
         result=result,
         model_bits=_last_validation(records),
         bigram_bits=order1_bits_per_byte(evaluated_runs(batches, generator.tokenizer)),
-        tokens_per_s=rates[len(rates) // 2],
+        tokens_per_s=statistics.median(rates or [0.0]),
         sample=PROMPT + "".join(generator.stream(PROMPT, SAMPLE)),
         export=export,
     )
