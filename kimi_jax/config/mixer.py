@@ -106,8 +106,8 @@ class LinearMixer(Config):
     output_gate: OutputGate = SigmoidGate()
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Added under the root of the output RMSNorm."""
-    chunk_size: Literal[16, 32, 64] = 64
-    """Tokens per chunk C of the chunkwise form in plain JAX; no effect on the result beyond rounding."""
+    chunk_size: Literal[16, 32, 64] | None = None
+    """Tokens per chunk C of the operator, no effect on the result beyond rounding; unset: the implementation's own."""
     implementation: str = "auto"
     """Which implementation of the operator runs: auto, reference, chunked, mosaic_gpu."""
 
