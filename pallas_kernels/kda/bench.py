@@ -84,9 +84,9 @@ def _guarded(case: Case, name: str, measured: Callable[[], Row]) -> Row:
 
 
 def _reason(error: Exception) -> str:
-    """The last clause of the first line: of a refusal, the reason alone."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].split("; ")[-1][:80]
+    """The first line; of a refusal, the reason alone."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return (line.split("; ", 1)[-1] if isinstance(error, NotImplementedError) else line)[:80]
 
 
 @functools.partial(jax.jit, static_argnums=0)
