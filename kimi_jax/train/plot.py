@@ -8,7 +8,8 @@ import numpy as np
 
 INK, TRAIN, VALIDATION, GRID = "#1f2430", "#3b6fb6", "#d1495b", "#e3e6ec"
 SMOOTH_FRACTION = 0.02  # half the window of the moving average, as a fraction of all points ...
-GROWTH = 0.1  # ... and of the points before it: a short window where the loss falls fast
+SMOOTH_POINTS = 6  # ... but no fewer points than this ...
+GROWTH = 0.1  # ... and at most this fraction of the points before: a short window where the loss falls fast
 
 
 def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -35,7 +36,7 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> N
         marker = "o" if len(validation[0]) <= 60 else ""
         style = {"color": VALIDATION, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7}
         axes.plot(*validation, marker=marker, linewidth=1.2, label="validation", zorder=3, **style)
-        _annotate_last(axes, records)
+        axes.set_title(_last_validation(records), loc="right", color=VALIDATION, fontsize=10, pad=10)
     _style(axes, title)
     axes.set_ylim(*_limits(train[1], smooth, validation[1]))
     axes.set_xlim(0, train[0][-1] * 1.02)
@@ -54,7 +55,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     """Centred moving average whose window grows with the step: it neither lags behind the steep start nor hides it."""
     count = len(values)
     at = np.arange(count)
-    half = np.minimum(GROWTH * at, SMOOTH_FRACTION * count).astype(int)
+    half = np.minimum(GROWTH * at, max(SMOOTH_FRACTION * count, SMOOTH_POINTS)).astype(int)
     first, end = at - half, np.minimum(at + half + 1, count)
     total = np.concatenate([[0.0], np.cumsum(values)])
     return (total[end] - total[first]) / (end - first)
@@ -68,14 +69,11 @@ def _limits(train: np.ndarray, smooth: np.ndarray, validation: np.ndarray) -> tu
     return low - margin, high + margin
 
 
-def _annotate_last(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+def _last_validation(records: Sequence[dict[str, Any]]) -> str:
     last = [record for record in records if record.get("validation_loss_nats") is not None][-1]
-    text = f"{last['validation_loss_nats']:.3f} nats per token"
-    if last.get("validation_bits_per_byte") is not None:
-        text += f"\n{last['validation_bits_per_byte']:.3f} bits per byte"
-    at = (last["step"], last["validation_loss_nats"])
-    place = {"xytext": (-4, 14), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-    axes.annotate(text, at, color=VALIDATION, fontsize=9, **place)
+    bits = last.get("validation_bits_per_byte")
+    per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
+    return f"{last['validation_loss_nats']:.3f} nats per token{per_byte}"
 
 
 def _style(axes: Any, title: str) -> None:
