@@ -34,7 +34,7 @@ test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
 
 test-gpu: $(STAMP)
-	$(PY) -m pytest -m gpu
+	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu
 
 coverage: $(STAMP)
 	$(PY) -m pytest -m "not gpu and not multi_device and not slow" --cov --cov-report=term-missing:skip-covered
