@@ -8,6 +8,7 @@ from pydantic import Field
 from kimi_jax.config.base import Config
 
 PositiveInt = Annotated[int, Field(gt=0)]
+KdaImplementation = Literal["auto", "mosaic_gpu", "chunked", "reference"]
 
 
 # ------------------------------------------------------------------ short convolution
@@ -108,8 +109,6 @@ class LinearMixer(Config):
     """Added under the root of the output RMSNorm."""
     chunk_size: Literal[16, 32, 64] | None = None
     """Tokens per chunk C of the operator, no effect on the result beyond rounding; unset: the implementation's own."""
-    implementation: str = "auto"
-    """Which implementation of the operator runs: auto, reference, chunked, mosaic_gpu."""
 
     @property
     def value_heads(self) -> int:
@@ -125,18 +124,22 @@ class KdaMixer(LinearMixer):
 
     kind: Literal["kda"] = "kda"
     decay: Decay = ChannelDecay()
+    implementation: KdaImplementation = "auto"
+    """Which implementation of the operator runs; auto: the fastest that takes these shapes on this device."""
 
 
 class GdnMixer(LinearMixer):
     """Gated DeltaNet: the delta rule with one softplus decay per head (arXiv 2412.06464)."""
 
     kind: Literal["gdn"] = "gdn"
+    implementation: KdaImplementation = "auto"
 
 
 class Mamba2Mixer(LinearMixer):
     """Mamba2 as the paper's baseline: one decay per head and no delta correction (arXiv 2405.21060)."""
 
     kind: Literal["mamba2"] = "mamba2"
+    implementation: Literal["auto", "chunked", "reference"] = "auto"
 
 
 class NoPosition(Config):
@@ -169,7 +172,7 @@ class MlaMixer(Config):
     latent_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     """Added under the root of the latent's RMSNorm; the released model uses 1e-6 here and 1e-5 elsewhere."""
     position: Position = NoPosition()
-    implementation: str = "auto"
+    implementation: Literal["auto", "xla"] = "auto"
 
     @property
     def query_dim(self) -> int:

@@ -12,4 +12,5 @@ def gated_delta_net(cfg: GdnMixer, *, model_dim: int, std: float, rngs: nnx.Rngs
     Source: Gated Delta Networks, arXiv:2412.06464; as the baseline of Kimi Linear, arXiv:2510.26692, section 5.
     """
     shared = {name: getattr(cfg, name) for name in LinearMixer.model_fields}
-    return Kda(KdaMixer(**shared, decay=HeadDecay()), model_dim=model_dim, std=std, rngs=rngs)
+    kda = KdaMixer(**shared, decay=HeadDecay(), implementation=cfg.implementation)
+    return Kda(kda, model_dim=model_dim, std=std, rngs=rngs)

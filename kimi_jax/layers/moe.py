@@ -58,7 +58,8 @@ class Moe(nnx.Module):
 def sort_by_expert(expert_Mk: Int[Array, "M k"]) -> tuple[Int[Array, "Mk"], Int[Array, "M k"]]:
     """Returns the (token, choice) pair that each row of the sorted batch holds, and the row of each pair."""
     order = jnp.argsort(expert_Mk.ravel(), stable=True)
-    return order, jnp.argsort(order).reshape(expert_Mk.shape)
+    row = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    return order, row.reshape(expert_Mk.shape)
 
 
 # Automatic differentiation would turn both gathers into scatter-adds; the inverse permutation makes them gathers again.

@@ -1,6 +1,7 @@
 """Every token mixer and variant: causal, deaf to padding and to other documents, trainable in every parameter."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,14 @@ import pytest
 from flax import nnx
 from pydantic import TypeAdapter
 
-from kimi_jax.config.mixer import Mixer
+from kimi_jax.config.mixer import GdnMixer, KdaMixer, Mamba2Mixer, Mixer, MlaMixer
+from kimi_jax.config.model import MoeFfn
 from kimi_jax.layers.param import normal
 from kimi_jax.models.block import MIXERS
+from pallas_kernels.grouped_matmul import api as grouped_matmul_api
+from pallas_kernels.kda import api as kda_api
+from pallas_kernels.mla import api as mla_api
+from pallas_kernels.ssd import api as ssd_api
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 D, T = 12, 19
@@ -41,6 +47,14 @@ VARIANTS = {
     "mamba2": {"kind": "mamba2", **DEFINITION, "num_value_heads": 4, "output_gate": {"kind": "sigmoid", **LOW}},
     "mla": LATENT,
     "mla_rope": LATENT | {"position": {"kind": "rope", "theta": 100.0}},
+}
+# Operators whose implementations a config may name.
+OPERATORS = {
+    KdaMixer: kda_api.IMPLEMENTATIONS,
+    GdnMixer: kda_api.IMPLEMENTATIONS,
+    Mamba2Mixer: ssd_api.IMPLEMENTATIONS,
+    MlaMixer: mla_api.IMPLEMENTATIONS,
+    MoeFfn: grouped_matmul_api.IMPLEMENTATIONS,
 }
 # Largest difference over the largest magnitude, float32; measured 2.4e-7.
 TOLERANCE = 2e-6
@@ -125,3 +139,9 @@ def test_left_padding_equals_a_shift(mixer):
     y = run(params, x, jnp.ones((3, T), jnp.int32), draw(2))[0]
     shifted = run(params, padded, segment_ids, draw(2))[0]
     assert relative(shifted[:, shift:], y[:, :-shift]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("config", OPERATORS, ids=lambda config: config.__name__)
+def test_configs_name_the_implementations_that_exist(config):
+    names = set(typing.get_args(config.model_fields["implementation"].annotation))
+    assert names == {"auto", *OPERATORS[config]}
