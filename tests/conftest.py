@@ -1,4 +1,4 @@
-"""Settings every test runs under: exact matrix products, no silent rank promotion."""
+"""Settings every test runs under: exact matrix products, no silent rank promotion, equal programs compiled once."""
 
 import os
 
@@ -9,6 +9,25 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory) -> str:
+    """Equal programs are compiled once per session, subprocesses included."""
+    folder = str(tmp_path_factory.mktemp("xla"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    former = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    yield folder
+    for name, value in former.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """Two small models on one page of text, and one finished run that many tests look at."""
 
-import os
 import pathlib
 import textwrap
 from collections.abc import Callable
 
-import jax
 import pytest
 
 from kimi_jax.config.train import RunConfig
@@ -15,25 +13,6 @@ from kimi_jax.data.tokenizers import ByteTokenizer
 from kimi_jax.train.loop import Result, train
 
 SEQ_LEN = 32
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory) -> str:
-    """Equal programs are compiled once per session, subprocesses included."""
-    folder = str(tmp_path_factory.mktemp("xla"))
-    settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    former = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    yield folder
-    for name, value in former.items():
-        jax.config.update(name, value)
-        del os.environ[name.upper()]
 
 
 @pytest.fixture(scope="session")
