@@ -1,4 +1,4 @@
-"""Backward of KDA on Hopper in Pallas Mosaic GPU: the reverse chain over chunks, and the gradients inside every chunk."""
+"""Backward of KDA on Hopper: the reverse chain over chunks, then the gradients inside every chunk."""
 
 import functools
 from typing import NamedTuple
@@ -6,15 +6,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
-from jaxtyping import Array, Float
 
 from pallas_kernels.kda.gates import Gate, LowerBoundGate
-from pallas_kernels.kda.mirror_vjp import LEVELS, LN2, LOG2E, PADDING, RESET, C, cotangent_scale
+from pallas_kernels.kda.mirror_vjp import LN2, Gradients, cotangent_scale
+from pallas_kernels.kda.prepare_mosaic_gpu import (
+    FORGET,
+    LEVELS,
+    LOG2E,
+    PADDING,
+    C,
+    between,
+    by_column,
+    by_row,
+    hidden_zero,
+    meet,
+    tile,
+)
+from pallas_kernels.kda.reference import L2_EPS
 
 W = plgpu.Layout.WGMMA
 ROW, COL = W.reduce(1), W.reduce(0)  # layouts of one value per row, per column
@@ -24,42 +34,31 @@ NUM_CTAS = 132  # multiprocessors of an H100; the chunk-parallel kernel is persi
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
-def _tile(*shape, dtype=f16):
-    return plgpu.SMEM(shape, dtype, transforms=_SWIZZLED)
+def _union(*shape, dtypes):
+    """A tile seen through several dtypes; see `_view`."""
+    return plgpu.RefUnion(*(tile(*shape, dtype=dtype) for dtype in dict.fromkeys(map(jnp.dtype, dtypes))))
 
 
-def _products(*groups, shape=(C, SLAB)):
-    """Each group, a list of (A, B) pairs, is summed in an accumulator of its own; all are in flight together."""
+def _view(union, dtype):
+    return next(ref for ref in union if ref.dtype == dtype)
+
+
+def _products(*groups, shape=(C, SLAB), meanwhile=None):
+    """Each group, a list of (A, B) pairs, is summed in an accumulator of its own; all are in flight together.
+
+    Returns:
+      The sums, then what `meanwhile` returns, which is called while the matrix unit works.
+    """
 
     def body(*accs):
-        for acc, pairs in zip(accs, groups):
+        for acc, pairs in zip(accs, groups, strict=True):
             for a, b in pairs:
                 plgpu.wgmma(acc, a, b)
+        rest = meanwhile() if meanwhile else ()
         plgpu.wgmma_wait(0)
-        return tuple(acc[...] for acc in accs)
+        return *(acc[...] for acc in accs), *rest
 
     return pl.run_scoped(body, *[plgpu.ACC(shape, f32)] * len(groups))
-
-
-@plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), i32, None))
-def _hidden_zero(ctx):
-    """Zero, but not to the compiler.
-
-    Indices made from it keep addresses and masks out of the registers that live across the whole kernel, where the
-    compiler would hoist hundreds of them. And a register operand of wgmma that folds to a constant has given wrong
-    results, so the masks among them are made from it too.
-    """
-    del ctx
-    value = llvm.inline_asm(ir.IntegerType.get_signless(32), [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
-    return mosaic.FragmentedArray.splat(value, (), is_signed=True)
-
-
-def _rows(x, shape=(C, SLAB)):
-    return lax.broadcast_in_dim(x, shape, (0,))
-
-
-def _columns(x, shape=(C, SLAB)):
-    return lax.broadcast_in_dim(x, shape, (1,))
 
 
 # ---------------------------------------------------------------------------------------------------- reverse chain
@@ -87,14 +86,14 @@ def reverse_chain(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal, *, stag
         def chunk(index, kg_s, kr_s, qg_s, t_s, aqk_s, gamma_s, beta_s, scale_s, do_s, ds):
             n = NT - 1 - index[0]
             ds16 = ds.astype(f16)
-            scale = _columns(plgpu.load(scale_s, layout=COL))
+            scale = by_column(plgpu.load(scale_s, layout=COL))
             do_t = plgpu.load(do_s.at[:, values].T, layout=W).astype(f32)
             do_t = jnp.where(scale > 0.0, do_t * scale, 0.0).astype(f16)
             (dvn,) = _products([(do_t, aqk_s), (ds16, kr_s.T)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             ds_stage.at[wg][...] = ds16
             (p,) = _products([(dvn.astype(f16), t_s)])
-            dv = (-p * _columns(plgpu.load(beta_s, layout=COL))).astype(f16)
+            dv = (-p * by_column(plgpu.load(beta_s, layout=COL))).astype(f16)
             p_stage.at[wg].T[...] = p.astype(f16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(ds_stage.at[wg], ds_out.at[bh, n, values])
@@ -104,7 +103,7 @@ def reverse_chain(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal, *, stag
                 plgpu.wgmma(acc, do_t, qg_s)
                 plgpu.wgmma(acc, dv, kg_s)
 
-            kept = ds * _columns(plgpu.load(gamma_s, layout=COL), state_rows)
+            kept = ds * by_column(plgpu.load(gamma_s, layout=COL), state_rows)
             return pl.run_state(accumulate)(plgpu.ACC.init(kept))
 
         skip = pl.Squeezed()
@@ -136,7 +135,7 @@ def reverse_chain(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal, *, stag
         grid_names=("head",),
         num_threads=num_wgs + 1,
         thread_name="wg",
-        scratch_types=[_tile(num_wgs, SLAB, K), _tile(num_wgs, C, SLAB)],
+        scratch_types=[tile(num_wgs, SLAB, K), tile(num_wgs, C, SLAB)],
     )
     return launch(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal)
 
@@ -167,43 +166,30 @@ def _gate(kind: _GateKind, raw, bias2, rate):
     )
 
 
-def _indices():
-    """(row numbers [C], int32; column numbers [C, C], float16) in the layout of the matrix unit."""
-    iota = lambda layout: plgpu.broadcasted_iota(i32, (C,), 0, layout=layout) + _hidden_zero()
-    return iota(ROW), _columns(iota(COL).astype(f16))
-
-
-def _between(column, low, high):
-    """Float16 0/1 matrix: low < column <= high, bounds per row; packed arithmetic."""
-    above = column - _rows(low.astype(f16))
-    below = _rows((high + 1).astype(f16)) - column
-    return jnp.minimum(jnp.maximum(jnp.minimum(above, below), f16(0)), f16(1))
-
-
 def _level_masks(n, row, column):
-    """At one level of blocks: which gates a row sums, which rows are second in their pair of blocks, which pairs belong."""
+    """Of one level of blocks: the decays that a row sums, the rows in the second block of a pair, the pairs (i, j)."""
     b = jnp.int32(1) << n
     second = (row & b) != 0
     anchor = jnp.where(second, row & -b, (row & -b) + b)
-    sums = _between(column, jnp.minimum(row, anchor), jnp.maximum(row, anchor))
-    pair = _between(column, jnp.where(second, anchor - b - 1, anchor - 1), jnp.where(second, anchor - 1, anchor + b - 1))
-    return sums, _rows(jnp.where(second, 1.0, 0.0).astype(f16)), pair
+    sums = between(column, jnp.minimum(row, anchor), jnp.maximum(row, anchor))
+    pair = between(column, jnp.where(second, anchor - b - 1, anchor - 1), jnp.where(second, anchor - 1, anchor + b - 1))
+    return sums, by_row(jnp.where(second, 1.0, 0.0).astype(f16)), pair
 
 
-# rows of the per-token weights
+# Rows of the per-token weights.
 BETA, DO_SCALE, UNSCALE, DG_UNSCALE, CODE = range(5)
 NUM_WEIGHTS = 5
-# vectors of 64 numbers that every warpgroup has in shared memory: halves of row sums, then columns; two rows for the last two
+# Vectors of 64 numbers, one of each per warpgroup: sums over its columns, then numbers per column; SUMS and PAR: two.
 Q_SQUARE, K_SQUARE, Q_DOT, K_DOT, DBETA, DBETA_TOTAL, GAMMA, BOUNDARY, SUMS, _, PAR, _ = range(12)
 NUM_SLOTS = 12
 
 
 def _chunk_kernel(
-    q_g, k_g, raw_g, do_g, p_g, r_g, h_g, ds_g, t_g, gamma_g, weight_g, par_g,  # inputs
+    q_g, k_g, raw_g, do_g, p_g, r_g, h_g, ds_g, t_g, gamma_g, weight_g, par_g, ones_g, numbers_g,  # inputs
     dq_o, dk_o, dv_o, draw_o, dbeta_o, sums_o,  # outputs
     q_s, k_s, raw_s, g2_s, pair_s, r_s, h_s, ds_s, t_s, work_s,  # tiles
-    vector_s,  # vectors of 64 numbers
-    early_bar, r_bar, inputs_bar, sync_bar, turn_bar,
+    ones_s, vector_s,  # a tile of ones; vectors of 64 numbers
+    ones_bar, early_bar, r_bar, inputs_bar, sync_bar,
     *, sizes, kind: _GateKind, scale, normalize_qk, packed,
 ):  # fmt: skip
     """One persistent CTA; warpgroup wg owns 64 key columns (and 64 value columns) of every chunk it visits.
@@ -216,11 +202,22 @@ def _chunk_kernel(
     total = B * NT * HV
     num_ctas = min(NUM_CTAS, total)
     slab = pl.ds(own * SLAB, SLAB)
-    here = lambda: own + _hidden_zero()  # asked for anew in every stage
+    here = lambda: own + hidden_zero()  # asked for anew in every stage
+
+    def indices():
+        """(row numbers [C], int32; column numbers [C, C], float16), read from memory: constants would be hoisted."""
+        numbers = vector_s.at[2 * NUM_WEIGHTS + NUM_SLOTS * num_wgs + 1 + hidden_zero()]
+        column = plgpu.load(numbers, layout=COL).astype(f16)
+        row = plgpu.broadcasted_iota(i32, (C,), 0, layout=ROW) + hidden_zero()
+        return row, by_column(column)
+
     wgs = range(num_wgs)
     jobs = [own] if num_wgs == 2 else [0, 1]  # the gradient of Aqk, of L: one for each warpgroup
-    (q_in, q16), (k_in, k16), (pair_in, pair16) = q_s, k_s, pair_s
-    (work_in, work16, work_b), (raw_in, draw_s) = work_s, raw_s
+    q_in, k_in, pair_in = _view(q_s, q_g.dtype), _view(k_s, k_g.dtype), _view(pair_s, do_g.dtype)
+    q16, k16, pair16, work16 = (_view(union, f16) for union in (q_s, k_s, pair_s, work_s))
+    work_in, work_b = _view(work_s, do_g.dtype), _view(work_s, bf16)
+    raw_in, draw_s = _view(raw_s, raw_g.dtype), _view(raw_s, draw_o.dtype)
+
     def where(c):
         h, rest = lax.rem(c, HV), lax.div(c, HV)
         n, b = lax.rem(rest, NT), lax.div(rest, NT)
@@ -239,8 +236,10 @@ def _chunk_kernel(
 
         @functools.partial(only, 0)
         def _():
-            plgpu.copy_gmem_to_smem(t_g.at[bh, n], t_s, early_bar)
-            plgpu.copy_gmem_to_smem(weight_g.at[bh, n], vector_s.at[pl.ds(parity * NUM_WEIGHTS, NUM_WEIGHTS)], early_bar)
+            plgpu.copy_gmem_to_smem(t_g.at[bh, n], t_s.at[0], early_bar)
+            plgpu.copy_gmem_to_smem(
+                weight_g.at[bh, n], vector_s.at[pl.ds(parity * NUM_WEIGHTS, NUM_WEIGHTS)], early_bar
+            )
 
     def load_r(c):
         wg = own
@@ -254,8 +253,8 @@ def _chunk_kernel(
         plgpu.copy_gmem_to_smem(q_g.at[b, rows, head, slab], q_in.at[wg], inputs_bar.at[wg])
         plgpu.copy_gmem_to_smem(k_g.at[b, rows, head, slab], k_in.at[wg], inputs_bar.at[wg])
         plgpu.copy_gmem_to_smem(raw_g.at[b, rows, h, slab], raw_in.at[wg], inputs_bar.at[wg])
-        plgpu.copy_gmem_to_smem(gamma_g.at[bh, n, wg], gamma_s, inputs_bar.at[wg])
-        plgpu.copy_gmem_to_smem(par_g.at[h, wg], par_s, inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(gamma_g.at[bh, n, wg], slot_s(GAMMA, wg), inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(par_g.at[h, wg], pair_of_rows(PAR, wg), inputs_bar.at[wg])
 
     def sync(i):
         """Every warpgroup has done what precedes, and its writes are seen by all, the copy engine included."""
@@ -264,45 +263,50 @@ def _chunk_kernel(
             plgpu.barrier_arrive(sync_bar.at[i])
             plgpu.barrier_wait(sync_bar.at[i])
 
-    def column_sums(x):
-        """Sum over rows. It goes through one scratch buffer per CTA: the warpgroups take turns."""
-        if num_wgs == 2:
-            pl.when(own == 1)(lambda: plgpu.barrier_wait(turn_bar))
-        sums = jnp.sum(x, 0)
-        if num_wgs == 2:
-            pl.when(own == 0)(lambda: plgpu.barrier_arrive(turn_bar))
-        return sums
+    def column_sums(*tiles):
+        """Sums over rows of committed tiles, one number per column: eight equal columns of a product with ones."""
+        (sums,) = _products([(x.T, ones_s.T) for x in tiles], shape=(SLAB, 8))
+        return jnp.max(sums, 1)
+
+    def split(x):
+        """x in two bfloat16 tiles: 16 bits of it."""
+        wg = here()
+        high = x.astype(bf16)
+        work_b.at[wg, 0][...] = high
+        work_b.at[wg, 1][...] = (x - high.astype(f32)).astype(bf16)
+        return work_b.at[wg, 0], work_b.at[wg, 1]
 
     slot_s = lambda slot, i: vector_s.at[2 * NUM_WEIGHTS + slot * num_wgs + i]
-    gamma_s, boundary_s = slot_s(GAMMA, own), slot_s(BOUNDARY, own)
-    pair_of_rows = lambda slot: vector_s.at[pl.ds(2 * NUM_WEIGHTS + slot * num_wgs + 2 * own, 2)]
-    sums_s, par_s = pair_of_rows(SUMS), pair_of_rows(PAR)
-    diagonal_s = slot_s(NUM_SLOTS, 0)
+    pair_of_rows = lambda slot, wg: vector_s.at[pl.ds(2 * NUM_WEIGHTS + slot * num_wgs + 2 * wg, 2)]
+    diagonal_s = lambda: slot_s(NUM_SLOTS, hidden_zero())
     row_weight = lambda i, parity: plgpu.load(vector_s.at[parity * NUM_WEIGHTS + i], layout=ROW)
-    beta_columns = lambda parity: _columns(plgpu.load(vector_s.at[parity * NUM_WEIGHTS + BETA], layout=COL))
-    total_over_wgs = lambda slot: sum(plgpu.load(slot_s(slot, i), layout=ROW) for i in wgs)
-    inverse_norm = lambda slot: lax.rsqrt(total_over_wgs(slot) + 1e-6)
+    beta_columns = lambda parity: by_column(plgpu.load(vector_s.at[parity * NUM_WEIGHTS + BETA], layout=COL))
+    total_over_wgs = lambda slot: sum(plgpu.load(slot_s(slot, i + hidden_zero()), layout=ROW) for i in wgs)
+    inverse_norm = lambda slot: lax.rsqrt(total_over_wgs(slot) + L2_EPS)
     read = lambda ref: plgpu.load(ref, layout=W).astype(f32)
 
     def clean(x, parity):
         """Zero in place of padding, which may hold anything."""
-        return jnp.where(_rows(row_weight(CODE, parity)) > 1.5, 0.0, x) if packed else x
+        return jnp.where(by_row(row_weight(CODE, parity)) > 1.5, 0.0, x) if packed else x
 
     def gate(parity):
-        bias2, rate = (_columns(plgpu.load(par_s.at[i], layout=COL)) for i in range(2))
-        return _gate(kind, clean(read(raw_in.at[here()]), parity), bias2, rate)
+        wg = here()
+        bias2, rate = (by_column(plgpu.load(pair_of_rows(PAR, wg).at[i], layout=COL)) for i in range(2))
+        return _gate(kind, clean(read(raw_in.at[wg]), parity), bias2, rate)
 
     def new_values(c, parity):
         """Vn in place of r, do scaled in place, dv, and the part of dbeta that comes through r."""
         wg = here()
         b, _, h, _, rows = where(c)
-        do_scale = _rows(row_weight(DO_SCALE, parity))
+        do_scale = by_row(row_weight(DO_SCALE, parity))
         do = read(pair_in.at[0, wg]) * do_scale
         pair16.at[0, wg][...] = (jnp.where(do_scale > 0.0, do, 0.0) if packed else do).astype(f16)
         p = read(pair16.at[1, wg])
         slot_s(DBETA, wg)[...] = jnp.sum(p * read(r_s.at[wg]), 1)
-        work_in.at[wg, 0][...] = (p * _rows(row_weight(BETA, parity) * row_weight(UNSCALE, parity))).astype(work_in.dtype)
-        t_beta = read(t_s) * beta_columns(parity)
+        work_in.at[wg, 0][...] = (p * by_row(row_weight(BETA, parity) * row_weight(UNSCALE, parity))).astype(
+            work_in.dtype
+        )
+        t_beta = read(t_s.at[wg - own]) * beta_columns(parity)
         (vn,) = _products([(t_beta.astype(f16), r_s.at[wg])])
         plgpu.commit_smem()
         r_s.at[wg][...] = vn.astype(f16)
@@ -311,13 +315,10 @@ def _chunk_kernel(
     def prepare_inputs(parity):
         """The gate in base 2, and this warpgroup's part of the squared norms."""
         wg = here()
-        if kind.raw:
-            g2 = jnp.maximum(gate(parity)[0], RESET)
-        else:
-            g2 = clean(read(raw_in.at[wg]), parity)
+        g2 = jnp.maximum(gate(parity)[0], FORGET) if kind.raw else clean(read(raw_in.at[wg]), parity)
         if packed:
-            code = _rows(row_weight(CODE, parity))
-            g2 = jnp.where(code > 0.5, jnp.where(code > 1.5, 0.0, RESET), g2)
+            code = by_row(row_weight(CODE, parity))
+            g2 = jnp.where(code > 0.5, jnp.where(code > 1.5, 0.0, FORGET), g2)
         g2_s.at[wg][...] = g2.astype(f16)
         for slot, ref in ((Q_SQUARE, q_in), (K_SQUARE, k_in)):
             x = clean(read(ref.at[wg]), parity)
@@ -326,114 +327,125 @@ def _chunk_kernel(
     def normalize(slot, x_in, x16, parity):
         wg = here()
         x = clean(read(x_in.at[wg]), parity)
-        x16.at[wg][...] = (x * _rows(inverse_norm(slot)) if normalize_qk else x).astype(f16)
+        x16.at[wg][...] = (x * by_row(inverse_norm(slot)) if normalize_qk else x).astype(f16)
 
     def pair_gradient(job, parity):
         """The gradient of Aqk (job 0) or L (job 1), lower triangle as it is, upper transposed, ready for both uses."""
-        row, column = _indices()
-        values = [r_s.at[i] for i in wgs]
-        left = [pair16.at[job, i] for i in wgs]
-        lower, upper = _products(
-            [(x, v.T) for x, v in zip(left, values)], [(v, x.T) for x, v in zip(left, values)], shape=(C, C)
-        )
+        row, column = indices()
+        zero = hidden_zero()
+        pairs = [(pair16.at[job, i + zero], r_s.at[i + zero]) for i in wgs]
+        lower, upper = _products([(x, v.T) for x, v in pairs], [(v, x.T) for x, v in pairs], shape=(C, C))
         of_l = jnp.int32(job).astype(f32)  # 0.0 or 1.0
         low = (1.0 - of_l) * scale - of_l
         high = (1.0 - of_l) * scale - of_l * beta_columns(parity)
-        diagonal = jnp.sum(lower * _between(column, row - 1, row).astype(f32), 1) * scale
+        diagonal = jnp.sum(lower * between(column, row - 1, row).astype(f32), 1) * scale
 
         @pl.when(of_l == 0.0)
         def _():
-            diagonal_s[...] = diagonal
+            diagonal_s()[...] = diagonal
 
-        below = _between(column, row * 0 - 1, row - 1)
+        below = between(column, row * 0 - 1, row - 1)
         return (lower * low).astype(f16) * below + (upper * high).astype(f16) * (f16(1) - below)
 
-    def state_terms():
-        """What reaches the queries and keys through the states: the accumulators of the level loop start from it."""
-        wg, (row, column) = here(), _indices()
+    def boundary_terms():
+        """The state's part of the gradient by the last key's decay; the part of the keys that carries -G."""
+        wg, (row, column) = here(), indices()
         values = [pl.ds(i * SLAB, SLAB) for i in wgs]
-        (decay,) = _products([(_between(column, row * 0 - 1, row), g2_s.at[wg])])
-        decay = jnp.exp2(decay)
-        (dq,) = _products([(pair16.at[0, i], h_s.at[wg, values[i]]) for i in wgs])
-        dq = (decay * scale) * dq
-        (up,) = _products([(pair16.at[1, i], h_s.at[wg, values[i]]) for i in wgs])
-        up = -decay * up
-        kn = read(k16.at[wg])
-        slot_s(DBETA, wg)[...] = plgpu.load(slot_s(DBETA, wg), layout=ROW) - jnp.sum(kn * up, 1)
-        (decay,) = _products([(_between(column, row, row * 0 + C), g2_s.at[wg])])
-        (down,) = _products([(r_s.at[i], ds_s.at[wg, values[i]]) for i in wgs])
-        down = jnp.exp2(decay) * down
-        boundary = read(k16.at[wg]) * down
-        gamma = _columns(plgpu.load(gamma_s, layout=COL))
-        for i in wgs:
-            boundary = boundary + gamma * (read(h_s.at[wg, values[i]]) * read(ds_s.at[wg, values[i]]))
-        boundary_s[...] = column_sums(boundary)
-        return dq, up, down
+        states = sum(read(h_s.at[wg, x]) * read(ds_s.at[wg, x]) for x in values)
+        boundary = by_column(plgpu.load(slot_s(GAMMA, wg), layout=COL)) * states
+        to_exit, down = _products(
+            [(between(column, row, row * 0 + C), g2_s.at[wg])],
+            [(r_s.at[i + wg - own], ds_s.at[wg, x]) for i, x in enumerate(values)],
+        )
+        down = jnp.exp2(to_exit) * down
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dv has left the work tiles
+        meet()
+        tiles = split(boundary + read(k16.at[wg]) * down)
+        plgpu.commit_smem()
+        slot_s(BOUNDARY, wg)[...] = column_sums(*tiles)
+        return down
 
-    def level(lv, carry):
+    def entry_terms():
+        """What reaches the queries and keys from the state entering the chunk."""
+        wg, (row, column) = here(), indices()
+        values = [pl.ds(i * SLAB, SLAB) for i in wgs]
+        from_entry, dq = _products(
+            [(between(column, row * 0 - 1, row), g2_s.at[wg])],
+            [(pair16.at[0, i + wg - own], h_s.at[wg, x]) for i, x in enumerate(values)],
+        )
+        from_entry = jnp.exp2(from_entry)
+        dq = (from_entry * scale) * dq
+        (up,) = _products([(pair16.at[1, i + wg - own], h_s.at[wg, x]) for i, x in enumerate(values)])
+        up = -from_entry * up
+        overlap = plgpu.load(slot_s(DBETA, wg), layout=ROW)
+        slot_s(DBETA, wg)[...] = overlap - jnp.sum(read(k16.at[wg]) * up, 1)
+        return dq, up
+
+    def level(n, carry):
         dq, up, down = carry
         wg = here()
-        sums, odd, pair = _level_masks(lv, *_indices())
-        (exponent,) = _products([(sums, g2_s.at[wg])])
+        sums, second, pair = _level_masks(n, *indices())
+        of_level = lambda: [plgpu.load(r_s.at[wg - own + i], layout=W) * pair for i in range(2)]
+        exponent, of_a, of_l = _products([(sums, g2_s.at[wg])], meanwhile=of_level)
         factor = jnp.exp2(exponent).astype(f16)
-        odd_factor = factor * odd
-        even_factor = factor - odd_factor
+        second_factor = factor * second
+        first_factor = factor - second_factor
         kn, qn = plgpu.load(k16.at[wg], layout=W), plgpu.load(q16.at[wg], layout=W)
-        plgpu.commit_smem()  # every warp is past the products of the previous level
         work16.at[wg, 0][...] = kn * factor
-        work16.at[wg, 1][...] = kn * even_factor + qn * odd_factor
+        work16.at[wg, 1][...] = kn * first_factor + qn * second_factor
         plgpu.commit_smem()
-        (by_a,) = _products([(plgpu.load(r_s.at[wg - own], layout=W) * pair, work16.at[wg, 1])])
-        dq, down = dq + odd_factor.astype(f32) * by_a, down + even_factor.astype(f32) * by_a
-        (by_l,) = _products([(plgpu.load(r_s.at[wg - own + 1], layout=W) * pair, work16.at[wg, 0])])
-        return dq, up + odd_factor.astype(f32) * by_l, down + even_factor.astype(f32) * by_l
+        by_a, by_l = _products([(of_a, work16.at[wg, 1])], [(of_l, work16.at[wg, 0])])
+        meet()  # the next level overwrites what these products read
+        second_factor, first_factor = second_factor.astype(f32), first_factor.astype(f32)
+        return dq + second_factor * by_a, up + second_factor * by_l, down + first_factor * (by_a + by_l)
 
     def finish(c, following, parity, dq, up, down):
         wg = here()
         b, n, h, bh, rows = where(c)
-        diagonal = _rows(plgpu.load(diagonal_s, layout=ROW))
+        diagonal = by_row(plgpu.load(diagonal_s(), layout=ROW))
         qn, kn = read(q16.at[wg]), read(k16.at[wg])
         dq, down = dq + diagonal * kn, down + diagonal * qn
         slot_s(DBETA, wg)[...] = plgpu.load(slot_s(DBETA, wg), layout=ROW) + jnp.sum(kn * up, 1)
         dg_rows = qn * dq
         slot_s(Q_DOT, wg)[...] = jnp.sum(dg_rows, 1)
-        up = _rows(row_weight(BETA, parity)) * up
+        up = by_row(row_weight(BETA, parity)) * up
         dg_rows = dg_rows + kn * (up - down)
         dk = up + down
         slot_s(K_DOT, wg)[...] = jnp.sum(kn * dk, 1)
-        high = dg_rows.astype(bf16)
-        plgpu.commit_smem()  # every warp is past the products of the last level
-        work_b.at[wg, 0][...] = high
-        work_b.at[wg, 1][...] = (dg_rows - high.astype(f32)).astype(bf16)
+        tiles = split(dg_rows)
         sync(3)
         pl.when(following < total)(lambda: load_r(following))
         unscale = row_weight(UNSCALE, parity)
         for x16, x_out, dx, square, dot in ((q16, q_in, dq, Q_SQUARE, Q_DOT), (k16, k_in, dk, K_SQUARE, K_DOT)):
             if normalize_qk:
-                dx = _rows(inverse_norm(square)) * (dx - read(x16.at[wg]) * _rows(total_over_wgs(dot)))
-            x_out.at[wg][...] = (dx * _rows(unscale)).astype(x_out.dtype)
-        wg, (row, column) = here(), _indices()
-        later = _between(column, row - 1, row * 0 + C).astype(f32).astype(bf16)
-        (dg,) = _products([(later, work_b.at[wg, 0]), (later, work_b.at[wg, 1])])
-        dg = (dg + _columns(plgpu.load(boundary_s, layout=COL))) * _rows(row_weight(DG_UNSCALE, parity))
+                dx = by_row(inverse_norm(square)) * (dx - read(x16.at[wg]) * by_row(total_over_wgs(dot)))
+            x_out.at[wg][...] = (dx * by_row(unscale)).astype(x_out.dtype)
+        wg, (row, column) = here(), indices()
+        later = between(column, row - 1, row * 0 + C).astype(f32).astype(bf16)
+        (dg,) = _products([(later, x) for x in tiles])
+        dg = (dg + by_column(plgpu.load(slot_s(BOUNDARY, wg), layout=COL))) * by_row(row_weight(DG_UNSCALE, parity))
         if kind.raw:
             _, slope, rate_gradient = gate(parity)
             draw = dg * slope()
-            sums_s.at[0][...] = jnp.sum(rate_gradient(dg, draw), 1)
-            sums_s.at[1][...] = column_sums(draw)
+            pair_of_rows(SUMS, wg).at[0][...] = jnp.sum(rate_gradient(dg, draw), 1)
         else:
             draw = dg
         draw_s.at[wg][...] = draw.astype(draw_s.dtype)
+        if kind.raw:
+            meet()
+            tiles = split(draw)
+            plgpu.commit_smem()
+            pair_of_rows(SUMS, wg).at[1][...] = column_sums(*tiles)
         slot_s(DBETA_TOTAL, wg)[...] = total_over_wgs(DBETA) * row_weight(UNSCALE, parity)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_in.at[wg], dq_o.at[b, rows, h, slab])
         plgpu.copy_smem_to_gmem(k_in.at[wg], dk_o.at[b, rows, h, slab])
         plgpu.copy_smem_to_gmem(draw_s.at[wg], draw_o.at[b, rows, h, slab])
         if kind.raw:
-            plgpu.copy_smem_to_gmem(sums_s, sums_o.at[bh, n, wg])
+            plgpu.copy_smem_to_gmem(pair_of_rows(SUMS, own), sums_o.at[bh, n, wg])
         only(0, lambda: plgpu.copy_smem_to_gmem(slot_s(DBETA_TOTAL, 0), dbeta_o.at[bh, n]))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.commit_smem()
+        sync(4)  # before the next chunk overwrites the sums that the warpgroups exchanged
         pl.when(following < total)(lambda: load_inputs(following))
 
     def chunk(i, _):
@@ -448,16 +460,22 @@ def _chunk_kernel(
         normalize(Q_SQUARE, q_in, q16, parity)
         normalize(K_SQUARE, k_in, k16, parity)
         pair_gradients = [pair_gradient(job, parity) for job in jobs]
-        sums = state_terms()
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        down = boundary_terms()
+        dq, up = entry_terms()
         sync(1)
         pl.when(following < total)(lambda: load_early(following, 1 - parity))
-        for job, x in zip(jobs, pair_gradients):
+        for job, x in zip(jobs, pair_gradients, strict=True):
             r_s.at[job][...] = x
         sync(2)
-        finish(c, following, parity, *lax.fori_loop(0, LEVELS, level, sums))
+        finish(c, following, parity, *lax.fori_loop(0, LEVELS, level, (dq, up, down)))
         return ()
 
+    @functools.partial(only, 0)
+    def _():
+        plgpu.copy_gmem_to_smem(ones_g, ones_s, ones_bar)
+        plgpu.copy_gmem_to_smem(numbers_g, vector_s.at[2 * NUM_WEIGHTS + NUM_SLOTS * num_wgs + 1], ones_bar)
+
+    plgpu.barrier_wait(ones_bar)
     load_early(first, 0)
     load_r(first)
     load_inputs(first)
@@ -481,9 +499,7 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
     HV, V = do.shape[2:]
     NT, heads, num_wgs = T // C, B * HV, K // SLAB
     assert K == V and K % SLAB == 0 and num_wgs <= 2 and T % C == 0
-    draw_dtype = raw.dtype if kind.raw else bf16
-    views = lambda shape, dtype: plgpu.RefUnion(_tile(*shape, dtype=dtype), _tile(*shape))
-    out = jax.ShapeDtypeStruct
+    draw_dtype, out = raw.dtype if kind.raw else bf16, jax.ShapeDtypeStruct
     launch = plgpu.kernel(
         functools.partial(
             _chunk_kernel, sizes=(B, NT, H, HV, num_wgs), kind=kind, scale=scale, normalize_qk=normalize_qk,
@@ -498,39 +514,27 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
         num_threads=num_wgs,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=1024
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         scratch_types=[
-            views((num_wgs, C, SLAB), q.dtype), views((num_wgs, C, SLAB), q.dtype),
-            plgpu.RefUnion(*(_tile(num_wgs, C, SLAB, dtype=d) for d in (raw.dtype, draw_dtype))), _tile(num_wgs, C, SLAB),
-            views((2, num_wgs, C, SLAB), do.dtype), _tile(2, C, SLAB),
-            _tile(num_wgs, V, SLAB), _tile(num_wgs, V, SLAB), _tile(C, C),
-            plgpu.RefUnion(*(_tile(num_wgs, 2, C, SLAB, dtype=d) for d in (q.dtype, f16, bf16))),
-            plgpu.SMEM((2 * NUM_WEIGHTS + NUM_SLOTS * num_wgs + 1, SLAB), f32),
-            plgpu.Barrier(num_arrivals=4 * num_wgs + 2), plgpu.Barrier(num_arrivals=num_wgs),
-            plgpu.Barrier(num_arrivals=5, num_barriers=num_wgs),
-            plgpu.Barrier(num_arrivals=2, num_barriers=4), plgpu.Barrier(num_arrivals=1),
+            _union(num_wgs, C, SLAB, dtypes=(q.dtype, f16)), _union(num_wgs, C, SLAB, dtypes=(k.dtype, f16)),
+            _union(num_wgs, C, SLAB, dtypes=(raw.dtype, draw_dtype)), tile(num_wgs, C, SLAB),
+            _union(2, num_wgs, C, SLAB, dtypes=(do.dtype, f16)), tile(2, C, SLAB),
+            tile(num_wgs, V, SLAB), tile(num_wgs, V, SLAB), tile(1, C, C),
+            _union(num_wgs, 2, C, SLAB, dtypes=(do.dtype, f16, bf16)), tile(8, SLAB, dtype=bf16),
+            plgpu.SMEM((2 * NUM_WEIGHTS + NUM_SLOTS * num_wgs + 2, SLAB), f32),
+            plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=4 * num_wgs + 2),
+            plgpu.Barrier(num_arrivals=num_wgs), plgpu.Barrier(num_arrivals=5, num_barriers=num_wgs),
+            plgpu.Barrier(num_arrivals=num_wgs, num_barriers=5),
         ],
     )  # fmt: skip
+    ones = jnp.ones((8, SLAB), bf16)
     gamma = gamma.reshape(heads, NT, num_wgs, SLAB)
     par = jnp.swapaxes(par.reshape(HV, 2, num_wgs, SLAB), 1, 2)
-    return launch(q, k, raw, do, p, r, h, ds, t, gamma, weight, par)
+    return launch(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, ones, jnp.arange(C, dtype=f32))
 
 
 # ------------------------------------------------------------------------------------------------------ whole backward
-
-
-class Gradients(NamedTuple):
-    """Of every input of `chunk_kda`; dbeta in the kernels' layout; None where there is no such input."""
-
-    q: Float[Array, "B T H K"]
-    k: Float[Array, "B T H K"]
-    v: Float[Array, "B T HV V"]
-    g: Float[Array, "B T HV K"]
-    beta: Float[Array, "BH N C"]
-    a_log: Float[Array, "HV"] | None
-    dt_bias: Float[Array, "HV K"] | None
-    initial_state: Float[Array, "B HV V K"]
 
 
 def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, scale, normalize_qk) -> Gradients:
@@ -548,9 +552,7 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
     size = cotangent_scale(do, dfinal, None if code is None else padding.reshape(B, T))
     weight = _token_weights(beta, code, size)
     merge = lambda x: x.reshape(heads, *x.shape[2:])
-    ds, p, dinitial = reverse_chain(
-        *prepared, beta, weight[:, :, DO_SCALE], do, merge(dfinal * size[:, :, None, None])
-    )
+    ds, p, dinitial = reverse_chain(*prepared, beta, weight[:, :, DO_SCALE], do, merge(dfinal * size[:, :, None, None]))
     fused = gate is not None and g.dtype != f32
     raw = g if fused else _base2(g if gate is None else gate.log_decay(g))
     kind = _GateKind(fused, gate.bound if isinstance(gate, LowerBoundGate) else None)
@@ -576,20 +578,18 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
 
 def _token_weights(beta, code, size):
     """[B*HV, NT, 5, C] float32: beta, scale of do (0 at padding), its inverse for outputs and for dg, the code."""
-    heads, NT, _ = beta.shape
+    heads, _, _ = beta.shape
     size = jnp.broadcast_to(size.reshape(heads, 1, 1), beta.shape)
     if code is None:
         return jnp.stack([beta, size, 1 / size, 1 / size, jnp.zeros_like(beta)], 2)
     code = jnp.repeat(code, heads // code.shape[0], axis=0)
     token, ordinary = code != PADDING, code == 0
     keep = lambda mask, x: jnp.where(mask, x, 0.0)
-    return jnp.stack(
-        [beta, keep(token, size), keep(token, 1 / size), keep(ordinary, 1 / size), code.astype(f32)], 2
-    )
+    return jnp.stack([beta, keep(token, size), keep(token, 1 / size), keep(ordinary, 1 / size), code.astype(f32)], 2)
 
 
 def _base2(g):
-    return jnp.maximum(g * LOG2E, RESET).astype(f16)
+    return jnp.maximum(g * LOG2E, FORGET).astype(f16)
 
 
 def _gate_parameters(gate: Gate, HV: int, K: int):

@@ -1,6 +1,8 @@
 """The backward kernels of KDA in plain JAX with the same rounding points: what `chunk_mosaic_gpu_vjp` must compute."""
 
+import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +11,27 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
+from pallas_kernels.kda.mirror import level_masks
+from pallas_kernels.kda.prepare_mosaic_gpu import FORGET, LEVELS, LOG2E, PADDING, RESET, C
+from pallas_kernels.kda.reference import L2_EPS
 
-C = 64  # tokens per chunk
-LEVELS = 6  # block sizes 1, 2, 4, ..., 32
-LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-RESET = -3e4  # log2-decay that forgets everything
-PADDING = 2  # code of a token that is none; 1 starts a segment, 0 is ordinary
 f16, f32, bf16 = jnp.float16, jnp.float32, jnp.bfloat16
 
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=f32)
+
+
+class Gradients(NamedTuple):
+    """Of every input of `chunk_kda`; None where there is no such input."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T HV V"]
+    g: Float[Array, "B T HV K"]
+    beta: Float[Array, "BH N C"]
+    a_log: Float[Array, "HV"] | None
+    dt_bias: Float[Array, "HV K"] | None
+    initial_state: Float[Array, "B HV V K"]
 
 
 def _round(x, dtype=f16):
@@ -65,19 +78,9 @@ def reverse(kg, kr, qg, t, aqk, gamma, beta, do, dfinal):
     return jnp.moveaxis(ds, 0, 2), jnp.swapaxes(jnp.moveaxis(p, 0, 2), -1, -2), dinitial
 
 
-def _level_mask(level):
-    """mask[i, t] = 1 where row i sums g_t: (anchor, i] in odd blocks, (i, anchor] in even ones."""
-    block = 1 << level
-    i, t = np.arange(C)[:, None], np.arange(C)[None]
-    odd = (i & block) != 0
-    first = np.where(odd, i & -block, i) + 1
-    num = np.where(odd, i & (block - 1), block - (i & (block - 1)))
-    return ((t >= first) & (t < first + num)).astype(np.float32)
-
-
 def _normalize(x, normalize_qk):
     x = x.astype(f32)
-    rstd = lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6) if normalize_qk else jnp.ones((*x.shape[:-1], 1))
+    rstd = lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2_EPS) if normalize_qk else jnp.ones((*x.shape[:-1], 1))
     return _round(x * rstd), rstd
 
 
@@ -85,8 +88,8 @@ def gate_and_slope(gate: Gate, raw):
     """(log-decay in nats, its derivative by the raw logit), float32, for [B, HV, NT, C, K]."""
     if gate is None:
         return raw, jnp.ones_like(raw)
-    z = raw + gate.dt_bias[:, None, None, :]
-    rate = 1.0 if gate.a_log is None else jnp.exp(gate.a_log)[:, None, None, None]
+    z = raw + gate.dt_bias[None, :, None, None, :]
+    rate = 1.0 if gate.a_log is None else jnp.exp(gate.a_log)[None, :, None, None, None]
     if isinstance(gate, SoftplusGate):
         return -rate * jax.nn.softplus(z), -rate * jax.nn.sigmoid(z)
     s = jax.nn.sigmoid(rate * z)
@@ -94,7 +97,7 @@ def gate_and_slope(gate: Gate, raw):
 
 
 def _rate_gradient(gate, raw, g, dg, draw):
-    return draw * (raw + gate.dt_bias[:, None, None, :]) if isinstance(gate, LowerBoundGate) else dg * g
+    return draw * (raw + gate.dt_bias[None, :, None, None, :]) if isinstance(gate, LowerBoundGate) else dg * g
 
 
 def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, gate: Gate, *, scale, normalize_qk):
@@ -106,15 +109,15 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
       ds, p, do: as in `reverse`; unscale: reciprocal of the cotangents' scale, [B,HV,1,1,1].
 
     Returns:
-      dq, dk, dv, draw [B,HV,NT,C,K or V], dbeta [B,HV,NT,C], da_log, ddt_bias [B,HV,NT,K] (sums over the chunk; None
+      dq, dk, dv, draw [B,HV,NT,C,K or V], dbeta [B,HV,NT,C], da_log [HV], ddt_bias [HV,K] (None
       without a gate), float32.
     """
-    token, start = (code != PADDING)[..., None], (code == 1)[..., None]
+    token, start = (code != PADDING)[..., None], (code == RESET)[..., None]
     q, k, raw = (jnp.where(token, x.astype(f32), 0) for x in (q, k, raw))
     qn, q_rstd = _normalize(q, normalize_qk)
     kn, k_rstd = _normalize(k, normalize_qk)
     g, slope = gate_and_slope(gate, raw)
-    g2 = _round(jnp.where(token, jnp.where(start, RESET, jnp.maximum(g * LOG2E, RESET)), 0))
+    g2 = _round(jnp.where(token, jnp.where(start, FORGET, jnp.maximum(g * LOG2E, FORGET)), 0))
     t, h, r, ds, p, do = (x.astype(f32) for x in (t, h, r, ds, p, do))
 
     vn = _round(_einsum("...ij,...jv->...iv", _round(t * beta[..., None, :]), r))
@@ -134,10 +137,11 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
     boundary = jnp.sum(kn * kappa, -2) + gamma * jnp.sum(h * ds, -2)
     dbeta = jnp.sum(p * r, -1) - jnp.sum(kn * w, -1)
     down = kappa  # gradient of k_j where it carries -G_j
+    masks = level_masks()
     for level in range(LEVELS):
         odd = (row >> level & 1) == 1
         pair = (row ^ col) >> level == 1
-        factor = _round(jnp.exp2(through(_level_mask(level), g2)))
+        factor = _round(jnp.exp2(through(masks[level], g2)))
         kf, qf = _round(kn * factor), _round(qn * factor)
         by_a = factor * _einsum("...ij,...jd->...id", jnp.where(pair, da, 0), jnp.where(odd, qf, kf))
         by_l = factor * _einsum("...ij,...jd->...id", jnp.where(pair, dl, 0), kf)
@@ -157,5 +161,41 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
     dv = beta[..., None] * p * unscale
     sums = (None, None)
     if gate is not None:
-        sums = jnp.sum(_rate_gradient(gate, raw, g, dg, draw), -2), jnp.sum(draw, -2)
+        sums = jnp.sum(_rate_gradient(gate, raw, g, dg, draw), (0, 2, 3, 4)), jnp.sum(draw, (0, 2, 3))
     return dq, dk, dv, draw, dbeta * unscale[..., 0], *sums
+
+
+def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, scale, normalize_qk) -> Gradients:
+    """See `chunk_mosaic_gpu_vjp.backward`."""
+    B, T, H, K = q.shape
+    HV = g.shape[2]
+    code = jnp.zeros((B, T // C, C), jnp.int32) if code is None else code
+    size = cotangent_scale(do, dfinal, (code == PADDING).reshape(B, T))
+    split = lambda x: x.reshape(B, HV, *x.shape[1:])
+    beta, h, r, *prepared = map(split, (beta, h, r, *prepared))
+
+    def by_chunk(x):  # [B, T, heads, ...] to [B, HV, N, C, ...]
+        x = jnp.repeat(jnp.moveaxis(x, 2, 1), HV // x.shape[2], axis=1)
+        return x.reshape(B, HV, T // C, C, *x.shape[3:])
+
+    def by_token(x):
+        return jnp.moveaxis(x.reshape(B, HV, T, *x.shape[4:]), 1, 2)
+
+    code = code[:, None]
+    cotangent = jnp.where((code != PADDING)[..., None], by_chunk(do).astype(f32) * size[:, :, None, None, None], 0)
+    cotangent = cotangent.astype(f16)
+    ds, p, dinitial = reverse(*prepared, beta, cotangent, dfinal * size[:, :, None, None])
+    if gate is not None:
+        gate = dataclasses.replace(gate, dt_bias=gate.dt_bias.astype(f32))
+    dq, dk, dv, dg, dbeta, da_log, ddt_bias = chunk_gradients(
+        *(by_chunk(q), by_chunk(k), by_chunk(g), beta, code, prepared[3], prepared[5], h, r, ds, p, cotangent),
+        *(1 / size[:, :, None, None, None], gate),
+        **dict(scale=scale, normalize_qk=normalize_qk),
+    )
+    of_head = lambda x: by_token(x).reshape(B, T, H, HV // H, K).sum(3).astype(q.dtype)
+    if getattr(gate, "a_log", None) is None:
+        da_log = None
+    return Gradients(
+        *(of_head(dq), of_head(dk), by_token(dv).astype(do.dtype), by_token(dg).astype(g.dtype)),
+        *(dbeta.reshape(B * HV, T // C, C), da_log, ddt_bias, dinitial / size[:, :, None, None]),
+    )

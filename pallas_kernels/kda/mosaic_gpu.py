@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kda import chunked
 from pallas_kernels.kda.chunk_mosaic_gpu import STRIP, recur
+from pallas_kernels.kda.chunk_mosaic_gpu_vjp import backward
 from pallas_kernels.kda.gates import Gate
 from pallas_kernels.kda.prepare_mosaic_gpu import HALF, PADDING, RESET, C, prepare
 from pallas_kernels.segments import segment_starts
@@ -23,12 +24,16 @@ GATE_DTYPES = (*DTYPES, jnp.float32)
 
 
 class Options(NamedTuple):
-    """What is fixed at trace time; the two functions are the kernels, or their mirrors on a CPU."""
+    """What is fixed at trace time; the functions are the kernels, or their mirrors on a CPU.
+
+    `backward` None: gradients through the plain JAX form, which recomputes the forward pass and keeps only its inputs.
+    """
 
     scale: float
     normalize_qk: bool
     prepare: Callable = prepare
     recur: Callable = recur
+    backward: Callable | None = None
 
 
 def refuse(q, k, v, g, beta, *, tile, **_) -> str | None:
@@ -74,10 +79,22 @@ def chunk_kda(
     return padded(options, q, k, v, g, beta, gate, initial_state, segment_ids)
 
 
+def chunk_kda_with_kernel_gradients(
+    q, k, v, g, beta, *, gate, scale, initial_state, segment_ids, normalize_qk, tile
+) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
+    """`chunk_kda` whose gradients are kernels too; they read what the forward pass keeps, 1.8 KB per token and head."""
+    del tile
+    options = Options(float(scale), normalize_qk, backward=backward)
+    return padded(options, q, k, v, g, beta, gate, initial_state, segment_ids)
+
+
 def padded(options: Options, q, k, v, g, beta, gate: Gate, initial_state, segment_ids):
     """Pads time to whole chunks and channels to whole tiles, and cuts the results back."""
     T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
     time, keys, values = -T % C, -K % HALF, -V % STRIP
+    if options.backward is not None:  # which takes as many key as value channels
+        width = max(K + keys, V + values)
+        keys, values = width - K, width - V
 
     def pad(x, *trailing):  # batch first, then time
         return jnp.pad(x, ((0, 0), (0, time), *((0, n) for n in trailing))) if time or any(trailing) else x
@@ -130,12 +147,35 @@ def forward(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code,
 
 
 def _core_forward(options: Options, q, k, v, g, beta, gate, initial_state, code):
-    return _core(options, q, k, v, g, beta, gate, initial_state, code), (q, k, v, g, beta, gate, initial_state, code)
+    inputs = (q, k, v, g, beta, gate, initial_state, code)
+    o, final, kept = forward(options, *inputs, keep=options.backward is not None)
+    return (o, final), (inputs, kept)
 
 
 def _core_backward(options: Options, residuals, cotangents):
-    """Through the plain JAX form, which recomputes the forward pass."""
-    *inputs, code = residuals
+    through = _through_plain_form if options.backward is None else _through_kernels
+    return *through(options, *residuals, *cotangents), None
+
+
+def _through_kernels(options: Options, inputs, kept, d_o, d_final):
+    q, k, _, g, beta, gate, initial_state, code = inputs
+    prepared, steps, states, errors = kept
+    B, T, HV = beta.shape
+    d = options.backward(
+        *(q, k, g, steps, code, gate, prepared, states, errors, d_o, d_final),
+        **dict(scale=options.scale, normalize_qk=options.normalize_qk),
+    )
+    d_beta = jnp.moveaxis(d.beta.reshape(B, HV, T), 1, 2).astype(beta.dtype)
+    d_gate = None
+    if gate is not None:
+        d_a_log = None if gate.a_log is None else d.a_log.astype(gate.a_log.dtype)
+        d_gate = dataclasses.replace(gate, a_log=d_a_log, dt_bias=d.dt_bias.astype(gate.dt_bias.dtype))
+    d_initial = None if initial_state is None else d.initial_state.astype(initial_state.dtype)
+    return d.q, d.k, d.v, d.g, d_beta, d_gate, d_initial
+
+
+def _through_plain_form(options: Options, inputs, _, *cotangents):
+    *inputs, code = inputs
     ids = None
     if code is not None:
         code = code.reshape(code.shape[0], -1)
@@ -148,7 +188,7 @@ def _core_backward(options: Options, residuals, cotangents):
             **dict(normalize_qk=options.normalize_qk, tile=None),
         )
 
-    return *jax.vjp(plain, *inputs)[1](cotangents), None
+    return jax.vjp(plain, *inputs)[1](cotangents)
 
 
 _core.defvjp(_core_forward, _core_backward)

@@ -112,7 +112,7 @@ def _indices(zero):
     return row, by_column(column.astype(f16))
 
 
-def _between(column, low, high):
+def between(column, low, high):
     """Float16 0/1 matrix: low < column <= high, bounds per row. Packed arithmetic, and never a compile-time constant:
     a constant register operand of wgmma was seen to lose terms."""
     above = column - by_row(low.astype(f16))
@@ -143,14 +143,14 @@ def _levels(gx, k_s, q_s, m_s, beta_s, aqk, halves, zero):
     """
     row, column = _indices(zero)
     minus_beta = -by_row(plgpu.load(beta_s, layout=ROWS.reduce(1)))
-    identity = _between(column, row - 1, row)
+    identity = between(column, row - 1, row)
 
     def level(n, carry):
         t, aqk = carry
         b = jnp.int32(1) << n
         second = (row & b) != 0  # rows of the second block of their pair
         anchor = jnp.where(second, row & -b, (row & -b) + b)
-        span = _between(column, jnp.minimum(row, anchor), jnp.maximum(row, anchor))
+        span = between(column, jnp.minimum(row, anchor), jnp.maximum(row, anchor))
         t16 = t.astype(f16)
         meet()  # the last level's products are past their reads of m
         m_s[...] = t16
@@ -163,7 +163,7 @@ def _levels(gx, k_s, q_s, m_s, beta_s, aqk, halves, zero):
             queries.append(plgpu.load(q_s.at[:, channels], layout=ROWS) * decay)
         plgpu.commit_smem()
         keys = [gx.at[2 + half] for half in range(halves)]
-        pair = _between(column, jnp.where(second, anchor - b - 1, 100), jnp.where(second, anchor - 1, -1))
+        pair = between(column, jnp.where(second, anchor - b - 1, 100), jnp.where(second, anchor - 1, -1))
         (qk,) = products([(x, key.T) for x, key in zip(queries, keys, strict=True)])
         aqk = aqk + qk.astype(f16) * pair
         (kk,) = products([(key, key.T) for key in keys])  # after qk, not beside it: registers
@@ -239,7 +239,7 @@ def _chunk_kernel(chunk, refs, rate, outs, scratch, zero, *, gate, scale, normal
     m_s[...] = t.astype(f16)
 
     row, column = _indices(zero)
-    since, until = _between(column, row * 0 - 1, row), _between(column, row, row * 0 + C - 1)
+    since, until = between(column, row * 0 - 1, row), between(column, row, row * 0 + C - 1)
     for half in range(halves):
         channels = pl.ds(half * HALF, HALF)
         entering, leaving = products([(since, gx.at[half])], [(until, gx.at[half])])
