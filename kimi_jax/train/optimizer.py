@@ -128,14 +128,20 @@ def clip_by_global_norm(grads: PyTree, limit: float | None) -> tuple[PyTree, Flo
 
 
 def assignment_table(assignments: Mapping[Path, Assignment], weight_decay: float) -> Table:
-    """The printed table: parameter, shape, optimizer, matrix, weight decay."""
+    """The printed table; blocks that are treated alike share a row."""
     table = Table(title="Optimizer of every parameter", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("parameter", "shape", "optimizer", "matrix (rows x columns)", "weight decay"):
         table.add_column(name, overflow="fold")
+    alike: dict[tuple, list[str]] = {}
     for path, a in sorted(assignments.items(), key=lambda item: [str(part) for part in item[0]]):
+        part, *rest = map(str, path)
+        block = rest.pop(0) if rest and rest[0].isdigit() else ""
+        alike.setdefault((part, tuple(rest), a), []).append(block)
+    for (part, rest, a), blocks in alike.items():
         decay = f"{weight_decay:g}" if a.decay and weight_decay else "-"
         shape = " x ".join(map(str, a.shape))
-        table.add_row("/".join(map(str, path)), shape, a.optimizer, _describe(a), decay)
+        name = "/".join(filter(None, [part, ",".join(blocks), *rest]))
+        table.add_row(name, shape, a.optimizer, _describe(a), decay)
     return table
 
 

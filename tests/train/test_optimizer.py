@@ -153,3 +153,10 @@ def test_clipping():
     assert clip_by_global_norm(grads, 10.0)[0]["a"][0] == 3.0
     assert clip_by_global_norm(grads, None)[0] is grads
     assert clip_by_global_norm(jax.tree.map(jnp.zeros_like, grads), 1.0)[0]["a"][0] == 0.0
+
+
+def test_blocks_that_are_treated_alike_share_a_row():
+    leaf, axes = jax.ShapeDtypeStruct((8, 4), jnp.float32), ("embed", "ffn")
+    params = {"prefix": {"0": {"up": leaf}, "1": {"up": leaf}, "2": {"up": jax.ShapeDtypeStruct((8, 6), jnp.float32)}}}
+    table = assignment_table(assign(MUON, params, jax.tree.map(lambda _: axes, params)), 0.1)
+    assert [*table.columns[0].cells] == ["prefix/0,1/up", "prefix/2/up"]
