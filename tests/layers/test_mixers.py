@@ -142,6 +142,6 @@ def test_left_padding_equals_a_shift(mixer):
 
 
 @pytest.mark.parametrize("config", OPERATORS, ids=lambda config: config.__name__)
-def test_configs_name_the_implementations_that_exist(config):
+def test_configs_name_only_implementations_that_exist(config):
     names = set(typing.get_args(config.model_fields["implementation"].annotation))
-    assert names == {"auto", *OPERATORS[config]}
+    assert "auto" in names and names - {"auto"} <= set(OPERATORS[config])
