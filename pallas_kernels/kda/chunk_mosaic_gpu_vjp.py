@@ -544,6 +544,8 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
       q, k, g, beta, code, gate: as in `prepare_mosaic_gpu.prepare`, which returned `prepared`.
       h, r: what the forward recurrence kept: the states entering the chunks, and V - Kg S.
       do: cotangent of o, bfloat16 or float16, anything at padding; dfinal: of the final state, float32.
+
+    The gradient of a float32 g is rounded to bfloat16.
     """
     B, T, H, K = q.shape
     HV = g.shape[2]
