@@ -184,303 +184,347 @@ Q_SQUARE, K_SQUARE, Q_DOT, K_DOT, DBETA, DBETA_TOTAL, GAMMA, BOUNDARY, SUMS, _, 
 NUM_SLOTS = 12
 
 
-def _chunk_kernel(
-    q_g, k_g, raw_g, do_g, p_g, r_g, h_g, ds_g, t_g, gamma_g, weight_g, par_g, ones_g, numbers_g,  # inputs
-    dq_o, dk_o, dv_o, draw_o, dbeta_o, sums_o,  # outputs
-    q_s, k_s, raw_s, g2_s, pair_s, r_s, h_s, ds_s, t_s, work_s,  # tiles
-    ones_s, vector_s,  # a tile of ones; vectors of 64 numbers
-    ones_bar, early_bar, r_bar, inputs_bar, sync_bar,
-    *, sizes, kind: _GateKind, scale, normalize_qk, packed,
-):  # fmt: skip
-    """One persistent CTA; warpgroup wg owns 64 key columns (and 64 value columns) of every chunk it visits.
+def _read(ref):
+    return plgpu.load(ref, layout=W).astype(f32)
+
+
+class _Chunks:
+    """The chunk kernel: one persistent CTA. Warpgroup wg owns 64 key columns (and 64 value columns) of every chunk.
 
     What the next chunk needs is loaded as soon as its buffer is free: `early` (cotangents, states) before the level
     loop, which hides it; r after that loop; q, k and the gate at the end.
     """
-    B, NT, H, HV, num_wgs = sizes
-    own, first = lax.axis_index("wg"), lax.axis_index("cta")
-    total = B * NT * HV
-    num_ctas = min(NUM_CTAS, total)
-    slab = pl.ds(own * SLAB, SLAB)
-    here = lambda: own + hidden_zero()  # asked for anew in every stage
 
-    def indices():
+    def __init__(
+        self,
+        *refs,
+        sizes: tuple[int, int, int, int, int],
+        kind: _GateKind,
+        scale: float,
+        normalize_qk: bool,
+        packed: bool,
+    ):
+        inputs, outputs, scratch = refs[:14], refs[14:20], refs[20:]
+        self.q_g, self.k_g, self.raw_g, self.do_g, self.p_g, self.r_g, self.h_g, self.ds_g, *inputs = inputs
+        self.t_g, self.gamma_g, self.weight_g, self.par_g, self.ones_g, self.numbers_g = inputs
+        self.dq_o, self.dk_o, self.dv_o, self.draw_o, self.dbeta_o, self.sums_o = outputs
+        q_s, k_s, raw_s, self.g2_s, pair_s, self.r_s, self.h_s, self.ds_s, self.t_s, work_s, *scratch = scratch
+        self.ones_s, self.vector_s, *barriers = scratch
+        self.ones_bar, self.early_bar, self.r_bar, self.inputs_bar, self.sync_bar = barriers
+        self.q_in, self.k_in, self.pair_in = (
+            _view(union, ref.dtype) for union, ref in ((q_s, self.q_g), (k_s, self.k_g), (pair_s, self.do_g))
+        )
+        self.q16, self.k16, self.pair16, self.work16 = (_view(union, f16) for union in (q_s, k_s, pair_s, work_s))
+        self.work_in, self.work_b = _view(work_s, self.do_g.dtype), _view(work_s, bf16)
+        self.raw_in, self.draw_s = _view(raw_s, self.raw_g.dtype), _view(raw_s, self.draw_o.dtype)
+        self.kind, self.scale, self.normalize_qk, self.packed = kind, scale, normalize_qk, packed
+        self.B, self.NT, self.H, self.HV, self.num_wgs = sizes
+        self.wgs = range(self.num_wgs)
+        self.own, self.first = lax.axis_index("wg"), lax.axis_index("cta")
+        self.jobs = [self.own] if self.num_wgs == 2 else [0, 1]  # the gradients of Aqk and L: one per warpgroup
+        self.total = self.B * self.NT * self.HV
+        self.num_ctas = min(NUM_CTAS, self.total)
+        self.slab = pl.ds(self.own * SLAB, SLAB)
+
+    def here(self):
+        """The warpgroup's own number, to be asked for anew in every stage; see `hidden_zero`."""
+        return self.own + hidden_zero()
+
+    def indices(self):
         """(row numbers [C], int32; column numbers [C, C], float16), read from memory: constants would be hoisted."""
-        numbers = vector_s.at[2 * NUM_WEIGHTS + NUM_SLOTS * num_wgs + 1 + hidden_zero()]
+        numbers = self.vector_s.at[2 * NUM_WEIGHTS + NUM_SLOTS * self.num_wgs + 1 + hidden_zero()]
         column = plgpu.load(numbers, layout=COL).astype(f16)
         row = plgpu.broadcasted_iota(i32, (C,), 0, layout=ROW) + hidden_zero()
         return row, by_column(column)
 
-    wgs = range(num_wgs)
-    jobs = [own] if num_wgs == 2 else [0, 1]  # the gradient of Aqk, of L: one for each warpgroup
-    q_in, k_in, pair_in = _view(q_s, q_g.dtype), _view(k_s, k_g.dtype), _view(pair_s, do_g.dtype)
-    q16, k16, pair16, work16 = (_view(union, f16) for union in (q_s, k_s, pair_s, work_s))
-    work_in, work_b = _view(work_s, do_g.dtype), _view(work_s, bf16)
-    raw_in, draw_s = _view(raw_s, raw_g.dtype), _view(raw_s, draw_o.dtype)
+    def where(self, c):
+        h, rest = lax.rem(c, self.HV), lax.div(c, self.HV)
+        n, b = lax.rem(rest, self.NT), lax.div(rest, self.NT)
+        return b, n, h, b * self.HV + h, pl.ds(n * C, C)
 
-    def where(c):
-        h, rest = lax.rem(c, HV), lax.div(c, HV)
-        n, b = lax.rem(rest, NT), lax.div(rest, NT)
-        return b, n, h, b * HV + h, pl.ds(n * C, C)
+    def only(self, which, f):
+        f() if self.num_wgs == 1 else pl.when(self.own == which)(f)
 
-    def only(which, f):
-        f() if num_wgs == 1 else pl.when(own == which)(f)
+    def load_early(self, c, parity):
+        wg = self.own
+        b, n, h, bh, rows = self.where(c)
+        plgpu.copy_gmem_to_smem(self.do_g.at[b, rows, h, self.slab], self.pair_in.at[0, wg], self.early_bar)
+        plgpu.copy_gmem_to_smem(self.p_g.at[bh, n, :, self.slab], self.pair16.at[1, wg], self.early_bar)
+        plgpu.copy_gmem_to_smem(self.h_g.at[bh, n, :, self.slab], self.h_s.at[wg], self.early_bar)
+        plgpu.copy_gmem_to_smem(self.ds_g.at[bh, n, :, self.slab], self.ds_s.at[wg], self.early_bar)
 
-    def load_early(c, parity):
-        wg = own
-        b, n, h, bh, rows = where(c)
-        plgpu.copy_gmem_to_smem(do_g.at[b, rows, h, slab], pair_in.at[0, wg], early_bar)
-        plgpu.copy_gmem_to_smem(p_g.at[bh, n, :, slab], pair16.at[1, wg], early_bar)
-        plgpu.copy_gmem_to_smem(h_g.at[bh, n, :, slab], h_s.at[wg], early_bar)
-        plgpu.copy_gmem_to_smem(ds_g.at[bh, n, :, slab], ds_s.at[wg], early_bar)
-
-        @functools.partial(only, 0)
+        @functools.partial(self.only, 0)
         def _():
-            plgpu.copy_gmem_to_smem(t_g.at[bh, n], t_s.at[0], early_bar)
-            plgpu.copy_gmem_to_smem(
-                weight_g.at[bh, n], vector_s.at[pl.ds(parity * NUM_WEIGHTS, NUM_WEIGHTS)], early_bar
-            )
+            plgpu.copy_gmem_to_smem(self.t_g.at[bh, n], self.t_s.at[0], self.early_bar)
+            weights = self.vector_s.at[pl.ds(parity * NUM_WEIGHTS, NUM_WEIGHTS)]
+            plgpu.copy_gmem_to_smem(self.weight_g.at[bh, n], weights, self.early_bar)
 
-    def load_r(c):
-        wg = own
-        _, n, _, bh, _ = where(c)
-        plgpu.copy_gmem_to_smem(r_g.at[bh, n, :, slab], r_s.at[wg], r_bar)
+    def load_r(self, c):
+        wg = self.own
+        _, n, _, bh, _ = self.where(c)
+        plgpu.copy_gmem_to_smem(self.r_g.at[bh, n, :, self.slab], self.r_s.at[wg], self.r_bar)
 
-    def load_inputs(c):
-        wg = own
-        b, n, h, bh, rows = where(c)
-        head = h if H == HV else lax.div(h, HV // H)
-        plgpu.copy_gmem_to_smem(q_g.at[b, rows, head, slab], q_in.at[wg], inputs_bar.at[wg])
-        plgpu.copy_gmem_to_smem(k_g.at[b, rows, head, slab], k_in.at[wg], inputs_bar.at[wg])
-        plgpu.copy_gmem_to_smem(raw_g.at[b, rows, h, slab], raw_in.at[wg], inputs_bar.at[wg])
-        plgpu.copy_gmem_to_smem(gamma_g.at[bh, n, wg], slot_s(GAMMA, wg), inputs_bar.at[wg])
-        plgpu.copy_gmem_to_smem(par_g.at[h, wg], pair_of_rows(PAR, wg), inputs_bar.at[wg])
+    def load_inputs(self, c):
+        wg = self.own
+        b, n, h, bh, rows = self.where(c)
+        head = h if self.H == self.HV else lax.div(h, self.HV // self.H)
+        plgpu.copy_gmem_to_smem(self.q_g.at[b, rows, head, self.slab], self.q_in.at[wg], self.inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(self.k_g.at[b, rows, head, self.slab], self.k_in.at[wg], self.inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(self.raw_g.at[b, rows, h, self.slab], self.raw_in.at[wg], self.inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(self.gamma_g.at[bh, n, wg], self.slot_s(GAMMA, wg), self.inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(self.par_g.at[h, wg], self.pair_of_rows(PAR, wg), self.inputs_bar.at[wg])
 
-    def sync(i):
+    def sync(self, i):
         """Every warpgroup has done what precedes, and its writes are seen by all, the copy engine included."""
         plgpu.commit_smem()
-        if num_wgs == 2:
-            plgpu.barrier_arrive(sync_bar.at[i])
-            plgpu.barrier_wait(sync_bar.at[i])
+        if self.num_wgs == 2:
+            plgpu.barrier_arrive(self.sync_bar.at[i])
+            plgpu.barrier_wait(self.sync_bar.at[i])
 
-    def column_sums(*tiles):
+    def column_sums(self, *tiles):
         """Sums over rows of committed tiles, one number per column: eight equal columns of a product with ones."""
-        (sums,) = _products([(x.T, ones_s.T) for x in tiles], shape=(SLAB, 8))
+        (sums,) = _products([(x.T, self.ones_s.T) for x in tiles], shape=(SLAB, 8))
         return jnp.max(sums, 1)
 
-    def split(x):
+    def split(self, x):
         """x in two bfloat16 tiles: 16 bits of it."""
-        wg = here()
+        wg = self.here()
         high = x.astype(bf16)
-        work_b.at[wg, 0][...] = high
-        work_b.at[wg, 1][...] = (x - high.astype(f32)).astype(bf16)
-        return work_b.at[wg, 0], work_b.at[wg, 1]
+        self.work_b.at[wg, 0][...] = high
+        self.work_b.at[wg, 1][...] = (x - high.astype(f32)).astype(bf16)
+        return self.work_b.at[wg, 0], self.work_b.at[wg, 1]
 
-    slot_s = lambda slot, i: vector_s.at[2 * NUM_WEIGHTS + slot * num_wgs + i]
-    pair_of_rows = lambda slot, wg: vector_s.at[pl.ds(2 * NUM_WEIGHTS + slot * num_wgs + 2 * wg, 2)]
-    diagonal_s = lambda: slot_s(NUM_SLOTS, hidden_zero())
-    row_weight = lambda i, parity: plgpu.load(vector_s.at[parity * NUM_WEIGHTS + i], layout=ROW)
-    beta_columns = lambda parity: by_column(plgpu.load(vector_s.at[parity * NUM_WEIGHTS + BETA], layout=COL))
-    total_over_wgs = lambda slot: sum(plgpu.load(slot_s(slot, i + hidden_zero()), layout=ROW) for i in wgs)
-    inverse_norm = lambda slot: lax.rsqrt(total_over_wgs(slot) + L2_EPS)
-    read = lambda ref: plgpu.load(ref, layout=W).astype(f32)
+    def slot_s(self, slot, i):
+        return self.vector_s.at[2 * NUM_WEIGHTS + slot * self.num_wgs + i]
 
-    def clean(x, parity):
+    def pair_of_rows(self, slot, wg):
+        return self.vector_s.at[pl.ds(2 * NUM_WEIGHTS + slot * self.num_wgs + 2 * wg, 2)]
+
+    def diagonal_s(self):
+        return self.slot_s(NUM_SLOTS, hidden_zero())
+
+    def row_weight(self, i, parity):
+        return plgpu.load(self.vector_s.at[parity * NUM_WEIGHTS + i], layout=ROW)
+
+    def beta_columns(self, parity):
+        return by_column(plgpu.load(self.vector_s.at[parity * NUM_WEIGHTS + BETA], layout=COL))
+
+    def total_over_wgs(self, slot):
+        return sum(plgpu.load(self.slot_s(slot, i + hidden_zero()), layout=ROW) for i in self.wgs)
+
+    def inverse_norm(self, slot):
+        return lax.rsqrt(self.total_over_wgs(slot) + L2_EPS)
+
+    def clean(self, x, parity):
         """Zero in place of padding, which may hold anything."""
-        return jnp.where(by_row(row_weight(CODE, parity)) > 1.5, 0.0, x) if packed else x
+        return jnp.where(by_row(self.row_weight(CODE, parity)) > 1.5, 0.0, x) if self.packed else x
 
-    def gate(parity):
-        wg = here()
-        bias2, rate = (by_column(plgpu.load(pair_of_rows(PAR, wg).at[i], layout=COL)) for i in range(2))
-        return _gate(kind, clean(read(raw_in.at[wg]), parity), bias2, rate)
+    def gate(self, parity):
+        wg = self.here()
+        bias2, rate = (by_column(plgpu.load(self.pair_of_rows(PAR, wg).at[i], layout=COL)) for i in range(2))
+        return _gate(self.kind, self.clean(_read(self.raw_in.at[wg]), parity), bias2, rate)
 
-    def new_values(c, parity):
+    def new_values(self, c, parity):
         """Vn in place of r, do scaled in place, dv, and the part of dbeta that comes through r."""
-        wg = here()
-        b, _, h, _, rows = where(c)
-        do_scale = by_row(row_weight(DO_SCALE, parity))
-        do = read(pair_in.at[0, wg]) * do_scale
-        pair16.at[0, wg][...] = (jnp.where(do_scale > 0.0, do, 0.0) if packed else do).astype(f16)
-        p = read(pair16.at[1, wg])
-        slot_s(DBETA, wg)[...] = jnp.sum(p * read(r_s.at[wg]), 1)
-        work_in.at[wg, 0][...] = (p * by_row(row_weight(BETA, parity) * row_weight(UNSCALE, parity))).astype(
-            work_in.dtype
-        )
-        t_beta = read(t_s.at[wg - own]) * beta_columns(parity)
-        (vn,) = _products([(t_beta.astype(f16), r_s.at[wg])])
+        wg = self.here()
+        b, _, h, _, rows = self.where(c)
+        do_scale = by_row(self.row_weight(DO_SCALE, parity))
+        do = _read(self.pair_in.at[0, wg]) * do_scale
+        self.pair16.at[0, wg][...] = (jnp.where(do_scale > 0.0, do, 0.0) if self.packed else do).astype(f16)
+        p = _read(self.pair16.at[1, wg])
+        self.slot_s(DBETA, wg)[...] = jnp.sum(p * _read(self.r_s.at[wg]), 1)
+        self.work_in.at[wg, 0][...] = (
+            p * by_row(self.row_weight(BETA, parity) * self.row_weight(UNSCALE, parity))
+        ).astype(self.work_in.dtype)
+        t_beta = _read(self.t_s.at[wg - self.own]) * self.beta_columns(parity)
+        (vn,) = _products([(t_beta.astype(f16), self.r_s.at[wg])])
         plgpu.commit_smem()
-        r_s.at[wg][...] = vn.astype(f16)
-        plgpu.copy_smem_to_gmem(work_in.at[wg, 0], dv_o.at[b, rows, h, slab])
+        self.r_s.at[wg][...] = vn.astype(f16)
+        plgpu.copy_smem_to_gmem(self.work_in.at[wg, 0], self.dv_o.at[b, rows, h, self.slab])
 
-    def prepare_inputs(parity):
+    def prepare_inputs(self, parity):
         """The gate in base 2, and this warpgroup's part of the squared norms."""
-        wg = here()
-        g2 = jnp.maximum(gate(parity)[0], FORGET) if kind.raw else clean(read(raw_in.at[wg]), parity)
-        if packed:
-            code = by_row(row_weight(CODE, parity))
+        wg = self.here()
+        g2 = (
+            jnp.maximum(self.gate(parity)[0], FORGET)
+            if self.kind.raw
+            else self.clean(_read(self.raw_in.at[wg]), parity)
+        )
+        if self.packed:
+            code = by_row(self.row_weight(CODE, parity))
             g2 = jnp.where(code > 0.5, jnp.where(code > 1.5, 0.0, FORGET), g2)
-        g2_s.at[wg][...] = g2.astype(f16)
-        for slot, ref in ((Q_SQUARE, q_in), (K_SQUARE, k_in)):
-            x = clean(read(ref.at[wg]), parity)
-            slot_s(slot, wg)[...] = jnp.sum(x * x, 1)
+        self.g2_s.at[wg][...] = g2.astype(f16)
+        for slot, ref in ((Q_SQUARE, self.q_in), (K_SQUARE, self.k_in)):
+            x = self.clean(_read(ref.at[wg]), parity)
+            self.slot_s(slot, wg)[...] = jnp.sum(x * x, 1)
 
-    def normalize(slot, x_in, x16, parity):
-        wg = here()
-        x = clean(read(x_in.at[wg]), parity)
-        x16.at[wg][...] = (x * by_row(inverse_norm(slot)) if normalize_qk else x).astype(f16)
+    def normalize(self, slot, x_in, x16, parity):
+        wg = self.here()
+        x = self.clean(_read(x_in.at[wg]), parity)
+        x16.at[wg][...] = (x * by_row(self.inverse_norm(slot)) if self.normalize_qk else x).astype(f16)
 
-    def pair_gradient(job, parity):
+    def pair_gradient(self, job, parity):
         """The gradient of Aqk (job 0) or L (job 1), lower triangle as it is, upper transposed, ready for both uses."""
-        row, column = indices()
+        row, column = self.indices()
         zero = hidden_zero()
-        pairs = [(pair16.at[job, i + zero], r_s.at[i + zero]) for i in wgs]
+        pairs = [(self.pair16.at[job, i + zero], self.r_s.at[i + zero]) for i in self.wgs]
         lower, upper = _products([(x, v.T) for x, v in pairs], [(v, x.T) for x, v in pairs], shape=(C, C))
         of_l = jnp.int32(job).astype(f32)  # 0.0 or 1.0
-        low = (1.0 - of_l) * scale - of_l
-        high = (1.0 - of_l) * scale - of_l * beta_columns(parity)
-        diagonal = jnp.sum(lower * between(column, row - 1, row).astype(f32), 1) * scale
+        low = (1.0 - of_l) * self.scale - of_l
+        high = (1.0 - of_l) * self.scale - of_l * self.beta_columns(parity)
+        diagonal = jnp.sum(lower * between(column, row - 1, row).astype(f32), 1) * self.scale
 
         @pl.when(of_l == 0.0)
         def _():
-            diagonal_s()[...] = diagonal
+            self.diagonal_s()[...] = diagonal
 
         below = between(column, row * 0 - 1, row - 1)
         return (lower * low).astype(f16) * below + (upper * high).astype(f16) * (f16(1) - below)
 
-    def boundary_terms():
+    def boundary_terms(self):
         """The state's part of the gradient by the last key's decay; the part of the keys that carries -G."""
-        wg, (row, column) = here(), indices()
-        values = [pl.ds(i * SLAB, SLAB) for i in wgs]
-        states = sum(read(h_s.at[wg, x]) * read(ds_s.at[wg, x]) for x in values)
-        boundary = by_column(plgpu.load(slot_s(GAMMA, wg), layout=COL)) * states
+        wg, (row, column) = self.here(), self.indices()
+        values = [pl.ds(i * SLAB, SLAB) for i in self.wgs]
+        states = sum(_read(self.h_s.at[wg, x]) * _read(self.ds_s.at[wg, x]) for x in values)
+        boundary = by_column(plgpu.load(self.slot_s(GAMMA, wg), layout=COL)) * states
         to_exit, down = _products(
-            [(between(column, row, row * 0 + C), g2_s.at[wg])],
-            [(r_s.at[i + wg - own], ds_s.at[wg, x]) for i, x in enumerate(values)],
+            [(between(column, row, row * 0 + C), self.g2_s.at[wg])],
+            [(self.r_s.at[i + wg - self.own], self.ds_s.at[wg, x]) for i, x in enumerate(values)],
         )
         down = jnp.exp2(to_exit) * down
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dv has left the work tiles
         meet()
-        tiles = split(boundary + read(k16.at[wg]) * down)
+        tiles = self.split(boundary + _read(self.k16.at[wg]) * down)
         plgpu.commit_smem()
-        slot_s(BOUNDARY, wg)[...] = column_sums(*tiles)
+        self.slot_s(BOUNDARY, wg)[...] = self.column_sums(*tiles)
         return down
 
-    def entry_terms():
+    def entry_terms(self):
         """What reaches the queries and keys from the state entering the chunk."""
-        wg, (row, column) = here(), indices()
-        values = [pl.ds(i * SLAB, SLAB) for i in wgs]
+        wg, (row, column) = self.here(), self.indices()
+        values = [pl.ds(i * SLAB, SLAB) for i in self.wgs]
         from_entry, dq = _products(
-            [(between(column, row * 0 - 1, row), g2_s.at[wg])],
-            [(pair16.at[0, i + wg - own], h_s.at[wg, x]) for i, x in enumerate(values)],
+            [(between(column, row * 0 - 1, row), self.g2_s.at[wg])],
+            [(self.pair16.at[0, i + wg - self.own], self.h_s.at[wg, x]) for i, x in enumerate(values)],
         )
         from_entry = jnp.exp2(from_entry)
-        dq = (from_entry * scale) * dq
-        (up,) = _products([(pair16.at[1, i + wg - own], h_s.at[wg, x]) for i, x in enumerate(values)])
+        dq = (from_entry * self.scale) * dq
+        (up,) = _products([(self.pair16.at[1, i + wg - self.own], self.h_s.at[wg, x]) for i, x in enumerate(values)])
         up = -from_entry * up
-        overlap = plgpu.load(slot_s(DBETA, wg), layout=ROW)
-        slot_s(DBETA, wg)[...] = overlap - jnp.sum(read(k16.at[wg]) * up, 1)
+        overlap = plgpu.load(self.slot_s(DBETA, wg), layout=ROW)
+        self.slot_s(DBETA, wg)[...] = overlap - jnp.sum(_read(self.k16.at[wg]) * up, 1)
         return dq, up
 
-    def level(n, carry):
+    def level(self, n, carry):
         dq, up, down = carry
-        wg = here()
-        sums, second, pair = _level_masks(n, *indices())
-        of_level = lambda: [plgpu.load(r_s.at[wg - own + i], layout=W) * pair for i in range(2)]
-        exponent, of_a, of_l = _products([(sums, g2_s.at[wg])], meanwhile=of_level)
+        wg = self.here()
+        sums, second, pair = _level_masks(n, *self.indices())
+        of_level = lambda: [plgpu.load(self.r_s.at[wg - self.own + i], layout=W) * pair for i in range(2)]
+        exponent, of_a, of_l = _products([(sums, self.g2_s.at[wg])], meanwhile=of_level)
         factor = jnp.exp2(exponent).astype(f16)
         second_factor = factor * second
         first_factor = factor - second_factor
-        kn, qn = plgpu.load(k16.at[wg], layout=W), plgpu.load(q16.at[wg], layout=W)
-        work16.at[wg, 0][...] = kn * factor
-        work16.at[wg, 1][...] = kn * first_factor + qn * second_factor
+        kn, qn = plgpu.load(self.k16.at[wg], layout=W), plgpu.load(self.q16.at[wg], layout=W)
+        self.work16.at[wg, 0][...] = kn * factor
+        self.work16.at[wg, 1][...] = kn * first_factor + qn * second_factor
         plgpu.commit_smem()
-        by_a, by_l = _products([(of_a, work16.at[wg, 1])], [(of_l, work16.at[wg, 0])])
+        by_a, by_l = _products([(of_a, self.work16.at[wg, 1])], [(of_l, self.work16.at[wg, 0])])
         meet()  # the next level overwrites what these products read
         second_factor, first_factor = second_factor.astype(f32), first_factor.astype(f32)
         return dq + second_factor * by_a, up + second_factor * by_l, down + first_factor * (by_a + by_l)
 
-    def finish(c, following, parity, dq, up, down):
-        wg = here()
-        b, n, h, bh, rows = where(c)
-        diagonal = by_row(plgpu.load(diagonal_s(), layout=ROW))
-        qn, kn = read(q16.at[wg]), read(k16.at[wg])
+    def finish(self, c, following, parity, dq, up, down):
+        wg = self.here()
+        b, n, h, bh, rows = self.where(c)
+        diagonal = by_row(plgpu.load(self.diagonal_s(), layout=ROW))
+        qn, kn = _read(self.q16.at[wg]), _read(self.k16.at[wg])
         dq, down = dq + diagonal * kn, down + diagonal * qn
-        slot_s(DBETA, wg)[...] = plgpu.load(slot_s(DBETA, wg), layout=ROW) + jnp.sum(kn * up, 1)
+        self.slot_s(DBETA, wg)[...] = plgpu.load(self.slot_s(DBETA, wg), layout=ROW) + jnp.sum(kn * up, 1)
         dg_rows = qn * dq
-        slot_s(Q_DOT, wg)[...] = jnp.sum(dg_rows, 1)
-        up = by_row(row_weight(BETA, parity)) * up
+        self.slot_s(Q_DOT, wg)[...] = jnp.sum(dg_rows, 1)
+        up = by_row(self.row_weight(BETA, parity)) * up
         dg_rows = dg_rows + kn * (up - down)
         dk = up + down
-        slot_s(K_DOT, wg)[...] = jnp.sum(kn * dk, 1)
-        tiles = split(dg_rows)
-        sync(3)
-        pl.when(following < total)(lambda: load_r(following))
-        unscale = row_weight(UNSCALE, parity)
-        for x16, x_out, dx, square, dot in ((q16, q_in, dq, Q_SQUARE, Q_DOT), (k16, k_in, dk, K_SQUARE, K_DOT)):
-            if normalize_qk:
-                dx = by_row(inverse_norm(square)) * (dx - read(x16.at[wg]) * by_row(total_over_wgs(dot)))
+        self.slot_s(K_DOT, wg)[...] = jnp.sum(kn * dk, 1)
+        tiles = self.split(dg_rows)
+        self.sync(3)
+        pl.when(following < self.total)(lambda: self.load_r(following))
+        unscale = self.row_weight(UNSCALE, parity)
+        for x16, x_out, dx, square, dot in (
+            (self.q16, self.q_in, dq, Q_SQUARE, Q_DOT),
+            (self.k16, self.k_in, dk, K_SQUARE, K_DOT),
+        ):
+            if self.normalize_qk:
+                dx = by_row(self.inverse_norm(square)) * (dx - _read(x16.at[wg]) * by_row(self.total_over_wgs(dot)))
             x_out.at[wg][...] = (dx * by_row(unscale)).astype(x_out.dtype)
-        wg, (row, column) = here(), indices()
+        wg, (row, column) = self.here(), self.indices()
         later = between(column, row - 1, row * 0 + C).astype(f32).astype(bf16)
         (dg,) = _products([(later, x) for x in tiles])
-        dg = (dg + by_column(plgpu.load(slot_s(BOUNDARY, wg), layout=COL))) * by_row(row_weight(DG_UNSCALE, parity))
-        if kind.raw:
-            _, slope, rate_gradient = gate(parity)
+        dg = (dg + by_column(plgpu.load(self.slot_s(BOUNDARY, wg), layout=COL))) * by_row(
+            self.row_weight(DG_UNSCALE, parity)
+        )
+        if self.kind.raw:
+            _, slope, rate_gradient = self.gate(parity)
             draw = dg * slope()
-            pair_of_rows(SUMS, wg).at[0][...] = jnp.sum(rate_gradient(dg, draw), 1)
+            self.pair_of_rows(SUMS, wg).at[0][...] = jnp.sum(rate_gradient(dg, draw), 1)
         else:
             draw = dg
-        draw_s.at[wg][...] = draw.astype(draw_s.dtype)
-        if kind.raw:
+        self.draw_s.at[wg][...] = draw.astype(self.draw_s.dtype)
+        if self.kind.raw:
             meet()
-            tiles = split(draw)
+            tiles = self.split(draw)
             plgpu.commit_smem()
-            pair_of_rows(SUMS, wg).at[1][...] = column_sums(*tiles)
-        slot_s(DBETA_TOTAL, wg)[...] = total_over_wgs(DBETA) * row_weight(UNSCALE, parity)
+            self.pair_of_rows(SUMS, wg).at[1][...] = self.column_sums(*tiles)
+        self.slot_s(DBETA_TOTAL, wg)[...] = self.total_over_wgs(DBETA) * self.row_weight(UNSCALE, parity)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_in.at[wg], dq_o.at[b, rows, h, slab])
-        plgpu.copy_smem_to_gmem(k_in.at[wg], dk_o.at[b, rows, h, slab])
-        plgpu.copy_smem_to_gmem(draw_s.at[wg], draw_o.at[b, rows, h, slab])
-        if kind.raw:
-            plgpu.copy_smem_to_gmem(pair_of_rows(SUMS, own), sums_o.at[bh, n, wg])
-        only(0, lambda: plgpu.copy_smem_to_gmem(slot_s(DBETA_TOTAL, 0), dbeta_o.at[bh, n]))
+        plgpu.copy_smem_to_gmem(self.q_in.at[wg], self.dq_o.at[b, rows, h, self.slab])
+        plgpu.copy_smem_to_gmem(self.k_in.at[wg], self.dk_o.at[b, rows, h, self.slab])
+        plgpu.copy_smem_to_gmem(self.draw_s.at[wg], self.draw_o.at[b, rows, h, self.slab])
+        if self.kind.raw:
+            plgpu.copy_smem_to_gmem(self.pair_of_rows(SUMS, self.own), self.sums_o.at[bh, n, wg])
+        self.only(0, lambda: plgpu.copy_smem_to_gmem(self.slot_s(DBETA_TOTAL, 0), self.dbeta_o.at[bh, n]))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        sync(4)  # before the next chunk overwrites the sums that the warpgroups exchanged
-        pl.when(following < total)(lambda: load_inputs(following))
+        self.sync(4)  # before the next chunk overwrites the sums that the warpgroups exchanged
+        pl.when(following < self.total)(lambda: self.load_inputs(following))
 
-    def chunk(i, _):
-        c, parity = first + i * num_ctas, lax.rem(i, 2)
-        following = c + num_ctas
-        plgpu.barrier_wait(early_bar)
-        plgpu.barrier_wait(r_bar)
-        new_values(c, parity)
-        plgpu.barrier_wait(inputs_bar.at[own])
-        prepare_inputs(parity)
-        sync(0)
-        normalize(Q_SQUARE, q_in, q16, parity)
-        normalize(K_SQUARE, k_in, k16, parity)
-        pair_gradients = [pair_gradient(job, parity) for job in jobs]
-        down = boundary_terms()
-        dq, up = entry_terms()
-        sync(1)
-        pl.when(following < total)(lambda: load_early(following, 1 - parity))
-        for job, x in zip(jobs, pair_gradients, strict=True):
-            r_s.at[job][...] = x
-        sync(2)
-        finish(c, following, parity, *lax.fori_loop(0, LEVELS, level, (dq, up, down)))
+    def chunk(self, i, _):
+        c, parity = self.first + i * self.num_ctas, lax.rem(i, 2)
+        following = c + self.num_ctas
+        plgpu.barrier_wait(self.early_bar)
+        plgpu.barrier_wait(self.r_bar)
+        self.new_values(c, parity)
+        plgpu.barrier_wait(self.inputs_bar.at[self.own])
+        self.prepare_inputs(parity)
+        self.sync(0)
+        self.normalize(Q_SQUARE, self.q_in, self.q16, parity)
+        self.normalize(K_SQUARE, self.k_in, self.k16, parity)
+        pair_gradients = [self.pair_gradient(job, parity) for job in self.jobs]
+        down = self.boundary_terms()
+        dq, up = self.entry_terms()
+        self.sync(1)
+        pl.when(following < self.total)(lambda: self.load_early(following, 1 - parity))
+        for job, x in zip(self.jobs, pair_gradients, strict=True):
+            self.r_s.at[job][...] = x
+        self.sync(2)
+        self.finish(c, following, parity, *lax.fori_loop(0, LEVELS, self.level, (dq, up, down)))
         return ()
 
-    @functools.partial(only, 0)
-    def _():
-        plgpu.copy_gmem_to_smem(ones_g, ones_s, ones_bar)
-        plgpu.copy_gmem_to_smem(numbers_g, vector_s.at[2 * NUM_WEIGHTS + NUM_SLOTS * num_wgs + 1], ones_bar)
+    def run(self):
+        """Visits the CTA's chunks."""
 
-    plgpu.barrier_wait(ones_bar)
-    load_early(first, 0)
-    load_r(first)
-    load_inputs(first)
-    lax.fori_loop(0, lax.div(total - first + num_ctas - 1, num_ctas), chunk, ())
-    plgpu.wait_smem_to_gmem(0)
+        @functools.partial(self.only, 0)
+        def _():
+            plgpu.copy_gmem_to_smem(self.ones_g, self.ones_s, self.ones_bar)
+            plgpu.copy_gmem_to_smem(
+                self.numbers_g, self.vector_s.at[2 * NUM_WEIGHTS + NUM_SLOTS * self.num_wgs + 1], self.ones_bar
+            )
+
+        plgpu.barrier_wait(self.ones_bar)
+        self.load_early(self.first, 0)
+        self.load_r(self.first)
+        self.load_inputs(self.first)
+        lax.fori_loop(0, lax.div(self.total - self.first + self.num_ctas - 1, self.num_ctas), self.chunk, ())
+        plgpu.wait_smem_to_gmem(0)
 
 
 def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, scale, normalize_qk, packed):
@@ -500,11 +544,13 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
     NT, heads, num_wgs = T // C, B * HV, K // SLAB
     assert K == V and K % SLAB == 0 and num_wgs <= 2 and T % C == 0
     draw_dtype, out = raw.dtype if kind.raw else bf16, jax.ShapeDtypeStruct
+    settings = dict(kind=kind, scale=scale, normalize_qk=normalize_qk, packed=packed)
+
+    def kernel(*refs):
+        _Chunks(*refs, sizes=(B, NT, H, HV, num_wgs), **settings).run()
+
     launch = plgpu.kernel(
-        functools.partial(
-            _chunk_kernel, sizes=(B, NT, H, HV, num_wgs), kind=kind, scale=scale, normalize_qk=normalize_qk,
-            packed=packed,
-        ),
+        kernel,
         out_type=(
             out((B, T, HV, K), q.dtype), out((B, T, HV, K), q.dtype), out((B, T, HV, V), do.dtype),
             out((B, T, HV, K), draw_dtype), out((heads, NT, C), f32), out((heads, NT, num_wgs, 2, SLAB), f32),
