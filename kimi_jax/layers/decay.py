@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kimi_jax.config.mixer import ChannelDecay, Decay, Gate, HeadDecay, LinearMixer, LowerBound, NoDecay, Softplus
+from kimi_jax.layers.linear import project
 from kimi_jax.layers.param import normal, param, uniform
 from pallas_kernels.kda.api import LowerBoundGate, SoftplusGate
 
@@ -73,8 +74,8 @@ class ChannelDecayGate(nnx.Module):
 
     @jax.named_scope("decay")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T HV K"], OperatorGate]:
-        low_BTR = jnp.einsum("BTD,DR->BTR", x_BTD, self.down[...].astype(x_BTD.dtype))
-        return jnp.einsum("BTR,RHK->BTHK", low_BTR, self.up[...].astype(x_BTD.dtype)), self.gate.values()
+        low_BTR = project("BTD,DR->BTR", x_BTD, self.down[...])
+        return project("BTR,RHK->BTHK", low_BTR, self.up[...]), self.gate.values()
 
 
 class HeadDecayGate(nnx.Module):

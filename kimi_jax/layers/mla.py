@@ -7,6 +7,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from kimi_jax.config.mixer import MlaMixer, NoPosition, Position, Rope
 from kimi_jax.layers.cache import MlaCache, Placement, place_tokens
+from kimi_jax.layers.linear import project
 from kimi_jax.layers.norm import RMSNorm
 from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.rope import rotate
@@ -90,11 +91,11 @@ class Mla(nnx.Module):
             start, cache = cache.length, append(cache, latent, shared_key, placement)
             attend = self._attend_absorbed if self.max_absorbed_queries > T else self._attend_expanded
             o, _ = attend(query, cache.latent, cache.shared_key, placement.document, cache.document, start)
-        return jnp.einsum("BTHV,HVD->BTD", o, self.output[...].astype(x_BTD.dtype)), cache
+        return project("BTHV,HVD->BTD", o, self.output[...]), cache
 
     def _project(self, x_BTD, placement: Placement):
-        query = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.query[...].astype(x_BTD.dtype))
-        down = jnp.einsum("BTD,DR->BTR", x_BTD, self.latent_down[...].astype(x_BTD.dtype))
+        query = project("BTD,DHK->BTHK", x_BTD, self.query[...])
+        down = project("BTD,DR->BTR", x_BTD, self.latent_down[...])
         query_nope, query_shared = jnp.split(query, [self.nope_dim], axis=-1)
         latent, shared_key = jnp.split(down, [self.latent_dim], axis=-1)
         query_shared = self.rotation(query_shared, placement.position)
@@ -105,7 +106,7 @@ class Mla(nnx.Module):
         )
 
     def _attend_expanded(self, query, latent_BSR, shared_key, documents, key_documents, start):
-        up = jnp.einsum("BSR,RHK->BSHK", latent_BSR, self.latent_up[...].astype(latent_BSR.dtype))
+        up = project("BSR,RHK->BSHK", latent_BSR, self.latent_up[...])
         key, value = jnp.split(up, [self.nope_dim], axis=-1)
         return mla_attention(
             *(*query, key, shared_key, value),

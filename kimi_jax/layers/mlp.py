@@ -1,11 +1,11 @@
 """The dense feed-forward block."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from kimi_jax.config.model import DenseFfn
+from kimi_jax.layers.linear import project
 from kimi_jax.layers.param import normal, param
 
 
@@ -19,9 +19,9 @@ class SwiGlu(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up, down = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
-        hidden_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, gate)) * jnp.einsum("BTD,DF->BTF", x_BTD, up)
-        return jnp.einsum("BTF,FD->BTD", hidden_BTF, down)
+        gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate[...])
+        hidden_BTF = jax.nn.silu(gate_BTF) * project("BTD,DF->BTF", x_BTD, self.up[...])
+        return project("BTF,FD->BTD", hidden_BTF, self.down[...])
 
 
 class Mlp(SwiGlu):

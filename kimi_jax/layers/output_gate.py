@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kimi_jax.config.mixer import LinearMixer, NoGate, OutputGate, SigmoidGate, SwishGate
+from kimi_jax.layers.linear import project
 from kimi_jax.layers.norm import rms_normalize
 from kimi_jax.layers.param import normal, param
 
@@ -22,8 +23,8 @@ class LowRankGate(nnx.Module):
         self.up = param(normal(rngs, (cfg.rank, HV, V), std), axes=("rank", "heads", "head_dim"))
 
     def __call__(self, o_BTHV: Float[Array, "B T HV V"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T HV V"]:
-        low_BTR = jnp.einsum("BTD,DR->BTR", x_BTD, self.down[...].astype(x_BTD.dtype))
-        z_BTHV = jnp.einsum("BTR,RHV->BTHV", low_BTR, self.up[...].astype(x_BTD.dtype))
+        low_BTR = project("BTD,DR->BTR", x_BTD, self.down[...])
+        z_BTHV = project("BTR,RHV->BTHV", low_BTR, self.up[...])
         return o_BTHV * self.activation(z_BTHV.astype(jnp.float32))
 
 
@@ -61,4 +62,4 @@ class GatedOutput(nnx.Module):
     def __call__(self, o_BTHV: Float[Array, "B T HV V"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         normed = rms_normalize(o_BTHV, self.eps) * self.norm[...][None, None, None, :]
         gated = self.gate(normed, x_BTD).astype(x_BTD.dtype)
-        return jnp.einsum("BTHV,HVD->BTD", gated, self.weight[...].astype(x_BTD.dtype))
+        return project("BTHV,HVD->BTD", gated, self.weight[...])

@@ -7,6 +7,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from kimi_jax.config.mixer import LinearMixer
 from kimi_jax.layers.cache import ConvCache
+from kimi_jax.layers.linear import project
 from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.short_conv import build_conv
 
@@ -37,7 +38,7 @@ class ConvolvedQkv(nnx.Module):
             (self.value, self.value_conv, cache and cache.value),
         )
         projected = [
-            conv(jnp.einsum("BTD,DHK->BTHK", x_BTD, weight[...].astype(x_BTD.dtype)), conv_cache, segment_ids_BT)
+            conv(project("BTD,DHK->BTHK", x_BTD, weight[...]), conv_cache, segment_ids_BT)
             for weight, conv, conv_cache in streams
         ]
         (q, query_cache), (k, key_cache), (v, value_cache) = projected

@@ -1,0 +1,42 @@
+"""The product with a weight: same values as einsum, weight gradients summed and kept in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kimi_jax.layers.linear import project
+
+SHAPES = {
+    "BTD,DHK->BTHK": ((2, 9, 6), (6, 3, 4)),
+    "BTHV,HVD->BTD": ((2, 9, 3, 4), (3, 4, 6)),
+    "BSR,RHK->BSHK": ((2, 9, 5), (5, 3, 4)),
+    "BTD,DF->BTF": ((2, 9, 6), (6, 7)),
+}
+# Largest difference over the largest magnitude against float64; one rounding of bfloat16 is 3.9e-3.
+TOLERANCE = {"float32": {"y": 1e-6, "dx": 1e-6, "dw": 1e-6}, "bfloat16": {"y": 4e-3, "dx": 4e-3, "dw": 1e-6}}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("spec", SHAPES)
+def test_values_and_gradients(spec, dtype):
+    rng = np.random.default_rng(0)
+    x_shape, w_shape = SHAPES[spec]
+    exact = jnp.bfloat16  # values that both dtypes hold exactly
+    x, w = jnp.asarray(rng.standard_normal(x_shape), exact).astype(dtype), rng.standard_normal(w_shape)
+    w = jnp.asarray(w, exact).astype(jnp.float32)
+    y, pull = jax.vjp(lambda x, w: project(spec, x, w), x, w)
+    dy = jnp.asarray(rng.standard_normal(y.shape), exact).astype(dtype)
+    dx, dw = pull(dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.dtype(dtype), jnp.dtype(dtype), jnp.float32)
+    terms, out = spec.split("->")
+    first, second = terms.split(",")
+    a, b, c = (np.asarray(array, np.float64) for array in (x, w, dy))
+    want = {
+        "y": np.einsum(spec, a, b),
+        "dx": np.einsum(f"{out},{second}->{first}", c, b),
+        "dw": np.einsum(f"{first},{out}->{second}", a, c),
+    }
+    for name, got in (("y", y), ("dx", dx), ("dw", dw)):
+        error = np.max(np.abs(np.asarray(got, np.float64) - want[name])) / np.max(np.abs(want[name]))
+        assert error <= TOLERANCE[dtype][name], f"{name}: error {error:.1e}"
