@@ -227,9 +227,10 @@ _run_with_gradients = jax.jit(run_with_gradients, static_argnums=(0, 2))
 
 def exact(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
     """Values and gradients of the token recurrence in float64, from the same rounded inputs."""
+    call = case.call._replace(tile=None)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs)
-        return {name: np.asarray(x) for name, x in _run_with_gradients(case.call, wide, "reference").items()}
+        return jax.tree.map(np.asarray, _run_with_gradients(call, wide, "reference"))
 
 
 def _public(*shape: int | float | bool | str, **changes) -> Case:

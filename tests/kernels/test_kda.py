@@ -56,10 +56,8 @@ def test_float64_agrees_to_the_last_digits():
 
 def test_chunk_length_does_not_matter():
     inputs = make_inputs(SMALL)
-    tiles = (16, 32, 64)
-    results = [_quick(SMALL.call._replace(tile=tile), inputs, "chunked") for tile in tiles]
-    for other in results[1:]:
-        assert_all_close(other, results[0], ORDERS)
+    short, long = (_quick(SMALL.call._replace(tile=tile), inputs, "chunked") for tile in (16, 64))
+    assert_all_close(long, short, ORDERS)
 
 
 def _slice_time(inputs, at):
@@ -67,15 +65,14 @@ def _slice_time(inputs, at):
     return inputs._replace(**{n: x[:, at] for n, x in arrays.items() if x is not None})
 
 
-@pytest.mark.parametrize("implementation", ["chunked", "reference"])
-def test_halves_with_carried_state_equal_the_whole(implementation):
-    """Values, and gradients that cross the seam through the state."""
-    inputs = make_inputs(dataclasses.replace(SMALL, time=43))
-    first, second = _slice_time(inputs, slice(0, 27)), _slice_time(inputs, slice(27, None))
-    whole = _quick(SMALL.call, inputs, implementation)
-    _, state = _values(SMALL.call, first, implementation)
-    after = _quick(SMALL.call, second._replace(initial_state=state), implementation)
-    before = _quick(SMALL.call, first._replace(d_final_state=after["dinitial_state"]), implementation)
+def test_halves_with_carried_state_equal_the_whole():
+    """Values, and gradients that cross the seam through the state; the seam is not at a chunk's end."""
+    inputs = make_inputs(dataclasses.replace(SMALL, time=50))
+    first, second = _slice_time(inputs, slice(0, 25)), _slice_time(inputs, slice(25, None))
+    whole = _quick(SMALL.call, inputs, "chunked")
+    _, state = _values(SMALL.call, first, "chunked")
+    after = _quick(SMALL.call, second._replace(initial_state=state), "chunked")
+    before = _quick(SMALL.call, first._replace(d_final_state=after["dinitial_state"]), "chunked")
     joined = {n: jnp.concatenate([before[n], after[n]], axis=1) for n in ("o", "dq", "dk", "dv", "dg", "dbeta")}
     joined |= {n: before[n] + after[n] for n in ("da_log", "ddt_bias")}
     joined |= {"final_state": after["final_state"], "dinitial_state": before["dinitial_state"]}
