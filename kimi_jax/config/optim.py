@@ -12,7 +12,7 @@ Steps = Annotated[int, Field(ge=0)]
 
 
 class WarmupStableDecay(Config):
-    """Linear warmup to the peak, constant, then linear decay over the last `decay_steps` to `final_fraction` of the peak."""
+    """Linear warmup to the peak, constant, then linear decay to `final_fraction` of it over the last `decay_steps`."""
 
     kind: Literal["wsd"] = "wsd"
     warmup_steps: Steps = 0
@@ -44,7 +44,7 @@ class Optim(Config):
     peak_lr: Annotated[float, Field(gt=0)]
     schedule: Schedule = WarmupStableDecay()
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled, scaled by the learning rate; not applied to norms, gate parameters (a_log, dt_bias) and convolutions."""
+    """Decoupled, scaled by the learning rate; not for norms, gate parameters (a_log, dt_bias) and convolutions."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; none: unclipped."""
     b1: Fraction = 0.9
@@ -59,7 +59,7 @@ class AdamW(Optim):
 
 
 class Muon(Optim):
-    """Muon in Moonlight's form on matrices, AdamW (b1, b2, eps) on the rest, one learning rate for both (arXiv 2502.16982)."""
+    """Muon in Moonlight's form (arXiv 2502.16982) on matrices, AdamW (b1, b2, eps) on the rest, at one learning rate."""
 
     kind: Literal["muon"] = "muon"
     momentum: Fraction = 0.95
