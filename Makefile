@@ -11,7 +11,7 @@ FIND_PYTHON := for p in $(PYTHON) python3.14 python3.13 python3.12 python3 pytho
 
 venv: $(STAMP)
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg
 	@python=$$($(FIND_PYTHON)); \
 	if [ -z "$$python" ]; then \
 	  echo "error: kimi_jax needs Python 3.12 or newer and found none (tried \$$PYTHON, python3.14 ... python3);" \

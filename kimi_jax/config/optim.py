@@ -59,7 +59,7 @@ class AdamW(Optim):
 
 
 class Muon(Optim):
-    """Muon in Moonlight's form (arXiv 2502.16982) on matrices, AdamW (b1, b2, eps) on the rest, at one learning rate."""
+    """Muon in Moonlight's form (arXiv 2502.16982) on matrices, AdamW (b1, b2, eps) on the rest, one learning rate."""
 
     kind: Literal["muon"] = "muon"
     momentum: Fraction = 0.95
