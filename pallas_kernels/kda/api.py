@@ -58,8 +58,8 @@ def chunk_kda(
       segment_ids: int32; 0 is padding, which leaves the state alone, gives zero output and zero gradient, and may
         hold anything. A token whose id differs from the last non-padding token before it starts from a zero state.
       normalize_qk: divide q and k by sqrt(sum of squares + 1e-6) first, in float32.
-      implementation: "auto", "reference", "chunked" or "mosaic_gpu".
-      tile: tokens per chunk; None: the measured default of the implementation.
+      implementation: "auto" or a key of `IMPLEMENTATIONS`.
+      tile: tokens per chunk; None: the default of the implementation. The kernels have 64 and refuse any other.
 
     Returns:
       (o in the dtype of v, state after the last non-padding token, float32). Differentiable in every array and in the
@@ -105,10 +105,10 @@ def step_kda(
       q, k, v, g, beta: one token of the arguments of `chunk_kda`, without the T axis.
       state: float32, V first: what `chunk_kda` or the step before returned.
       gate, scale, normalize_qk: as in `chunk_kda`.
-      implementation: "auto", "reference" or "mosaic_gpu".
+      implementation: "auto" or a key of `STEP_IMPLEMENTATIONS`.
 
     Returns:
-      (o in the dtype of v, the state after this token, float32). Only "reference" can be differentiated.
+      (o in the dtype of v, the state after this token, float32).
 
     Raises:
       ValueError: an argument has the wrong shape.

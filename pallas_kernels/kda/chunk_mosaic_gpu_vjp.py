@@ -637,7 +637,7 @@ def _token_weights(beta, code, size):
 
 
 def _base2(g):
-    return jnp.maximum(g * LOG2E, FORGET).astype(f16)
+    return jnp.maximum(g.astype(f32) * LOG2E, FORGET).astype(f16)  # as the forward kernel rounds it
 
 
 def _gate_parameters(gate: Gate, HV: int, K: int):

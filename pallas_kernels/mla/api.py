@@ -31,7 +31,8 @@ def mla_attention(
     Args:
       q_nope, q_shared, k_nope, k_shared, v: bfloat16, float16 or float32, one dtype.
       scale: factor on the logits; None: (N + P)**-0.5.
-      segment_ids: int32; 0 is padding: zero output. An id stands for one document only, unlike in `chunk_kda`.
+      segment_ids: int32; 0 is padding, which may hold anything finite and gives zero output. An id stands for one
+        document only, unlike in `chunk_kda`.
       key_segment_ids: int32; 0 is padding or an unwritten slot, which nothing sees. None: `segment_ids`.
       query_offset: int32, key index of the first query.
       implementation: "auto" or "xla".

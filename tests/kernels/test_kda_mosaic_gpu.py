@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,14 @@ def test_refusals_name_the_reason():
     assert "tile=32" in mosaic_gpu.unserved(q, k, v, g, 32)
     if jax.default_backend() != "gpu":
         assert "GPU" in mosaic_gpu.refuse(q, k, v, g, None, tile=None)
+
+
+@pytest.mark.parametrize(("capability", "served"), [("8.0", False), ("9.0", True), ("10.0", False)])
+def test_only_hopper_is_served(capability, served, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    reason = mosaic_gpu.refuse(*make_inputs(LOWERED["softplus"])[:5], tile=None)
+    assert reason is None if served else f"this GPU has {capability}" in reason
 
 
 # ---------------------------------------------------------------- on a GPU

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.kda import chunk_mosaic_gpu_vjp as kernels
 from pallas_kernels.kda import mirror, mirror_vjp, mosaic_gpu
 from pallas_kernels.kda.cases import BY_NAME, GRID, exact, make_gate, make_inputs
+from pallas_kernels.kda.prepare_mosaic_gpu import FORGET, LOG2E
 from pallas_kernels.testing import assert_all_close
 
 SERVED = [case for case in GRID if case.dtype != "float32" and max(case.key_dim, case.value_dim) <= 128]
@@ -114,6 +115,14 @@ def _mirrored_chain(_, kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal):
     by_chunk = jnp.moveaxis(do, 2, 1).reshape(BH, N, C, -1).astype(jnp.float32)
     scaled = jnp.where(do_scale[..., None] > 0, by_chunk * do_scale[..., None], 0).astype(jnp.float16)
     return [x[0] for x in mirror_vjp.reverse(*map(heads, (kg, kr, qg, t, aqk, gamma, beta, scaled, dfinal)))]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_given_log_decay_is_rounded_as_in_the_forward_kernel(dtype):
+    """In one step from float32 to float16, whatever its dtype."""
+    g = jnp.asarray([-0.3, -1e-3, -7.7, -1e4, -5e4], dtype)
+    want = np.maximum(np.asarray(g, np.float32) * np.float32(LOG2E), FORGET).astype(np.float16)
+    np.testing.assert_array_equal(kernels._base2(g), want)
 
 
 LOWERED = {  # key channels, gate, dtype, packed
