@@ -1,5 +1,7 @@
 """KDA token by token in plain JAX: the definition that every implementation must match."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,6 +11,7 @@ from pallas_kernels.segments import segment_starts
 
 L2_EPS = 1e-6  # added to the sum of squares, under the root
 BLOCK = 64  # tokens between two states that the backward keeps
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # a GPU's default keeps 10 bits
 
 
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
@@ -37,9 +40,9 @@ def kda_step(state, q, k, v, g, beta):
       (new state [..., V, K], output [..., V]): decay first, then the delta rule on the decayed state, then the read.
     """
     state = state * jnp.exp(g)[..., None, :]
-    error = v - jnp.einsum("...VK,...K->...V", state, k)
+    error = v - _einsum("...VK,...K->...V", state, k)
     state = state + (beta[..., None] * error)[..., :, None] * k[..., None, :]
-    return state, jnp.einsum("...VK,...K->...V", state, q)
+    return state, _einsum("...VK,...K->...V", state, q)
 
 
 def chunk_kda(

@@ -37,7 +37,7 @@ def chunk_ssd(
         start, q, k, v, g, beta = inputs
         state = jnp.where(start[:, None, None, None], 0, state) * jnp.exp(g)[..., None, None]
         state = state + (beta[..., None] * v)[..., :, None] * k[..., None, :]
-        return state, jnp.einsum("BHVK,BHK->BHV", state, q)
+        return state, jnp.einsum("BHVK,BHK->BHV", state, q, precision=jax.lax.Precision.HIGHEST)
 
     first = jnp.zeros((B, HV, V, K), dtype) if initial_state is None else initial_state.astype(dtype)
     xs = tuple(jnp.moveaxis(x, 1, 0) for x in (starts, q, k, v_wide, g, beta))

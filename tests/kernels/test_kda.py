@@ -231,6 +231,14 @@ def test_steps_equal_the_sequence():
     assert_close("state", state, final, FLOAT32)
 
 
+def test_the_recurrence_multiplies_float32_in_full():
+    """Whatever the default of the device: a GPU would keep 10 bits of each factor."""
+    inputs = make_inputs(dataclasses.replace(SMALL, gate="none", time=1))
+    with jax.default_matmul_precision("default"):
+        text = jax.jit(step_kda).lower(*(x[:, 0] for x in inputs[:5]), inputs.initial_state).as_text()
+    assert text.count("stablehlo.dot_general") == text.count("precision = [HIGHEST, HIGHEST]") == 2
+
+
 def test_output_dtypes():
     for dtype in ("bfloat16", "float16", "float32"):
         inputs = make_inputs(dataclasses.replace(SMALL, dtype=dtype, time=3))
