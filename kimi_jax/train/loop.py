@@ -121,8 +121,12 @@ class _Loop:
         rows, seq_len = self.cfg.batch_size, self.recipe.cfg.data.seq_len
         dtypes = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_}
         batch = {name: jax.ShapeDtypeStruct((rows, seq_len), dtype) for name, dtype in dtypes.items()}
-        step = jax.jit(build_train_step(self.recipe), donate_argnums=0).lower(self.recipe.abstract_state(), batch)
-        self.train_step = step.compile()
+        step = jax.jit(build_train_step(self.recipe), donate_argnums=0)
+        try:
+            lowered = step.lower(self.recipe.abstract_state(), batch)
+        except NotImplementedError as error:  # an operator's implementation that the config names cannot run here
+            raise UserError(f"config: {error}") from error
+        self.train_step = lowered.compile()
         self.eval_step = jax.jit(build_eval_step(self.recipe))
         seconds = time.perf_counter() - start
         memory = self.train_step.memory_analysis()

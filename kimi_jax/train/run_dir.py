@@ -38,6 +38,9 @@ FREE_KEYS = (
 )
 FREE_ENDINGS = (".implementation", ".chunk_size")
 
+# What a start leaves that ended before config.yaml was written, over wrong data for instance: the next one may go on.
+BEFORE_CONFIG = (".lock", "checkpoints", "log.txt")
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -108,8 +111,8 @@ def _check_is_run_dir(run_dir: RunDir, resume: Resume) -> None:
     path = run_dir.path
     if path.exists() and not path.is_dir():
         raise UserError(f"run directory {path}: is a file")
-    strangers = path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir())
-    if strangers and not run_dir.config.exists():
+    strangers = path.is_dir() and any(entry.name not in BEFORE_CONFIG for entry in path.iterdir())
+    if (strangers or run_dir.has_progress) and not run_dir.config.exists():
         raise UserError(f"run directory {path}: holds files but no config.yaml, so it is no run; name another")
     if resume == "never" and run_dir.has_progress:
         raise UserError(f"run directory {path}: already holds a run, and --resume never does not overwrite one")

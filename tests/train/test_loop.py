@@ -197,6 +197,15 @@ def test_vocabulary_smaller_than_the_tokenizers(hybrid, changed, tmp_path):
     with pytest.raises(UserError, match=r"model.vocab_size=256 is too small: the bytes tokenizer .* has 258 tokens"):
         train(changed(hybrid, model={"vocab_size": 256}), tmp_path / "run")
     assert not RunDir(tmp_path / "run").has_progress
+    with loop.claim(tmp_path / "run", hybrid, "auto"):  # the corrected command may use the same directory
+        pass
+
+
+def test_an_implementation_that_cannot_run_here(hybrid, changed, tmp_path):
+    mixers = hybrid.model_dump()["model"]["mixers"]
+    mixers["kda"]["implementation"] = "mosaic_gpu"
+    with pytest.raises(UserError, match=r"mosaic_gpu: needs an NVIDIA GPU"):
+        train(changed(hybrid, model={"mixers": mixers}), tmp_path / "run")
 
 
 def test_script_prints_the_config(hybrid, tmp_path):
