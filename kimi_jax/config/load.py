@@ -52,10 +52,11 @@ def dump(config: Config) -> str:
 
 
 def json_schema(schema: type[Config]) -> dict[str, Any]:
-    """JSON Schema of a config file, for editors; `base:` is allowed beside the fields, and then nothing is required."""
+    """JSON Schema of a config file, for editors; nothing is required at any depth, since `base:` may give it."""
     document = schema.model_json_schema()
     document["properties"]["base"] = {"type": "string", "description": "Config file under this one, relative to it."}
-    document.pop("required", None)
+    for definition in (document, *document.get("$defs", {}).values()):
+        definition.pop("required", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 
 
