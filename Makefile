@@ -3,11 +3,16 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-EXTRAS ?= test
+INSTALLED := $(shell cat $(STAMP) 2>/dev/null)
+EXTRAS ?= $(or $(INSTALLED),test)
 FIND_PYTHON := for p in $(PYTHON) python3.14 python3.13 python3.12 python3 python; do \
   if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo "$$p"; break; fi; done
 
 .PHONY: venv quickstart test lint format coverage test-slow test-gpu test-multi-device schema clean
+
+ifneq ($(EXTRAS),$(INSTALLED))  # other extras than the installed ones: build again
+.PHONY: $(STAMP)
+endif
 
 venv: $(STAMP)
 
@@ -19,7 +24,7 @@ $(STAMP): setup.cfg
 	echo "building $(VENV) with $$($$python --version)"; \
 	"$$python" -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
-	@touch $@
+	@echo '$(EXTRAS)' > $@
 
 quickstart: $(STAMP)
 	$(PY) scripts/quickstart.py
