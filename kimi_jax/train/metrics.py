@@ -2,6 +2,7 @@
 
 import json
 import math
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,20 +97,25 @@ class TensorBoard:
 
 
 class WandbRun:
-    """A Weights & Biases run named like the run directory, continued when the run is."""
+    """A Weights & Biases run named like the run directory, continued when the run is.
+
+    Its id is drawn once and kept in the run directory: directories of one name elsewhere are other runs.
+    """
 
     def __init__(self, cfg: Wandb, run_dir: RunDir, config: RunConfig):
         try:
             import wandb
         except ImportError as error:
             raise UserError(_missing("logging.wandb", "wandb")) from error
-        name = run_dir.path.absolute().name
+        id_file = run_dir.path / "wandb_id.txt"
+        if not id_file.exists():
+            write_whole(id_file, uuid.uuid4().hex)
         self._run = wandb.init(
             project=cfg.project,
             mode=cfg.mode,
             dir=str(run_dir.path),
-            name=name,
-            id=name,
+            name=run_dir.path.absolute().name,
+            id=id_file.read_text(),
             resume="allow",
             config=config.model_dump(mode="json"),
         )

@@ -65,6 +65,7 @@ ONE_MISTAKE = {
     "not_positive": ("train.batch_size=0", "train.batch_size: got 0, must be greater than 0"),
     "unknown_kind": ("optim.kind=muonn", "optim.kind: got 'muonn'; did you mean 'muon'?"),
     "no_kind": ("model.mixers.mla.position={theta: 3}", "model.mixers.mla.position: has no 'kind'"),
+    "not_a_list": ("model.pattern=kda", "model.pattern: got 'kda', must be a list"),
     "not_a_mapping": ("train.checkpoints=4", "train.checkpoints: got 4, must be a mapping"),
     "not_an_option": ("model.dtype=bfloat", "model.dtype: got 'bfloat'; did you mean 'bfloat16'?"),
     "nan": ("optim.peak_lr=.nan", "optim.peak_lr: got nan, must be"),
@@ -99,7 +100,12 @@ def test_one_mistake_is_one_line(file, override, message):
 
 def test_all_mistakes_at_once(file):
     overrides = [override for override, _ in ONE_MISTAKE.values()]
-    exclusive = {"optim.kind=muonn", "model.mixers.mla.nope_dims=3", "model.mixers.mla.position={theta: 3}"}
+    exclusive = {
+        "model.pattern=kda",
+        "optim.kind=muonn",
+        "model.mixers.mla.nope_dims=3",
+        "model.mixers.mla.position={theta: 3}",
+    }
     exclusive |= {"optim.peak_lr=.nan", "optim.schedule.warmup_steps=90", "train.batch_size=0", "train.steps=many"}
     kept = [override for override in overrides if override not in exclusive]
     problems = "\n".join(_problems(file, *kept))

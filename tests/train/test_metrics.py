@@ -1,13 +1,15 @@
 """metrics.jsonl: each step once, whatever happened; optional sinks; the plot."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from kimi_jax.config.train import Wandb
 from kimi_jax.errors import UserError
-from kimi_jax.train.metrics import JsonLines, open_sinks, read_metrics
+from kimi_jax.train.metrics import JsonLines, WandbRun, open_sinks, read_metrics
 from kimi_jax.train.plot import _smooth, plot_loss
 from kimi_jax.train.run_dir import RunDir
 
@@ -53,6 +55,14 @@ def test_missing_package_is_named_with_the_extra(hybrid, changed, tmp_path, monk
     cfg = changed(hybrid, logging={"tensorboard": False, "wandb": None} | logging)
     with pytest.raises(UserError, match=rf"package {package} is not installed; pip install 'kimi_jax\[log\]'"):
         open_sinks(cfg, RunDir(tmp_path), last_step=0)
+
+
+def test_wandb_continues_the_run_of_this_directory_alone(hybrid, tmp_path, monkeypatch):
+    ids = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: ids.append(settings["id"])))
+    for folder in ("a/run", "a/run", "b/run"):
+        WandbRun(Wandb(project="p"), RunDir(tmp_path / folder), hybrid)
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_smoothing_neither_lags_nor_moves_a_line():
