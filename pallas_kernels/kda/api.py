@@ -148,6 +148,10 @@ def _check(op: str, time: tuple[int, ...], q, k, v, g, beta, gate, state, segmen
         expected["gate.dt_bias"] = (gate.dt_bias, (HV, K))
         if gate.a_log is not None:
             expected["gate.a_log"] = (gate.a_log, (HV,))
+        elif isinstance(gate, SoftplusGate):
+            raise ValueError(f"{op}: gate.a_log is None, which only LowerBoundGate allows")
+        if isinstance(gate, LowerBoundGate) and gate.bound >= 0:
+            raise ValueError(f"{op}: gate.bound={gate.bound} must be negative")
     wrong = [
         f"{name} has shape {x.shape}, must be {shape}" for name, (x, shape) in expected.items() if x.shape != shape
     ]

@@ -1,5 +1,6 @@
 """Decayed products inside a chunk, by binary levels: how every exponent stays at or below zero without a bound on g."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 Dot = Callable[..., Array]  # an einsum whose precision is chosen
+_exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # errors of the inverse multiply level by level
 
 
 class Level(NamedTuple):
@@ -109,7 +111,7 @@ def attention_and_solver(
         products = dot("...ik,...jk->...ij", _decayed_rows(readers, level.row), keys)
         reads, coupling = products[..., 0::2, :], products[..., 1::2, :]
         even, odd = solver[..., 0::2, :, :], solver[..., 1::2, :, :]
-        solver = _merge(solver, -dot("...ij,...jl->...il", odd, dot("...ij,...jl->...il", coupling, even)))
+        solver = _merge(solver, -_exact("...ij,...jl->...il", odd, _exact("...ij,...jl->...il", coupling, even)))
         attention = _merge(attention, reads)
     return attention[..., 0, :, :], solver[..., 0, :, :]
 

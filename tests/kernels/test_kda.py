@@ -301,6 +301,8 @@ def test_backward_keeps_the_inputs_alone():
         ({"initial_state": np.zeros((1, 4, 7, 8))}, "initial_state has shape"),
         ({"segment_ids": np.zeros((1, 5), np.int32)}, "segment_ids has shape"),
         ({"segment_ids": np.zeros((1, 4))}, "segment_ids must be integers"),
+        ({"gate": SoftplusGate(None, np.zeros((4, 8)))}, "a_log is None, which only LowerBoundGate allows"),
+        ({"gate": LowerBoundGate(None, np.zeros((4, 8)), 0.5)}, "bound=0.5 must be negative"),
         ({"gate": LowerBoundGate(np.zeros(2), np.zeros((4, 8)))}, "gate.a_log has shape"),
         ({"gate": SoftplusGate(np.zeros(4), np.zeros(32))}, "gate.dt_bias has shape"),
     ],
