@@ -8,7 +8,7 @@ EXTRAS ?= $(or $(INSTALLED),test)
 FIND_PYTHON := for p in $(PYTHON) python3.14 python3.13 python3.12 python3 python; do \
   if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo "$$p"; break; fi; done
 
-.PHONY: venv quickstart test lint format coverage test-slow test-gpu test-multi-device schema clean
+.PHONY: venv quickstart test lint format coverage test-slow test-gpu schema clean
 
 ifneq ($(EXTRAS),$(INSTALLED))  # other extras than the installed ones: build again
 .PHONY: $(STAMP)
@@ -30,10 +30,7 @@ quickstart: $(STAMP)
 	$(PY) scripts/quickstart.py
 
 test: $(STAMP)
-	$(PY) -m pytest -m "not gpu and not multi_device and not slow"
-
-test-multi-device: $(STAMP)
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu $(PY) -m pytest -m multi_device
+	$(PY) -m pytest -m "not gpu and not slow"
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
@@ -42,7 +39,7 @@ test-gpu: $(STAMP)
 	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu
 
 coverage: $(STAMP)
-	$(PY) -m pytest -m "not gpu and not multi_device and not slow" --cov --cov-report=term-missing:skip-covered
+	$(PY) -m pytest -m "not gpu and not slow" --cov --cov-report=term-missing:skip-covered
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

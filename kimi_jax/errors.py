@@ -1,8 +1,12 @@
 """What a user's mistake looks like: one clear line each, exit code 2, no traceback."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator, Sequence
+
+
+STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # the disk says no
 
 
 class UserError(ValueError):
@@ -19,12 +23,20 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Wraps a script's main: prints each problem of a `UserError` to standard error and exits with code 2."""
+    """Wraps a script's main: prints each problem of a `UserError` to standard error and exits with code 2.
+
+    So does a disk that is full or may not be written.
+    """
     try:
         yield
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        print(f"error: {error.filename or 'a file of this run'}: cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,11 +1,12 @@
 """The shape of the project itself: imports point down, every experiment file is a valid config."""
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
 
-from kimi_jax.config.load import load
+from kimi_jax.config.load import json_schema, load
 from kimi_jax.config.train import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,11 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT / "experiments")))
 def test_every_experiment_file_is_valid(path):
     load(path, [], RunConfig)
+
+
+def test_the_schema_for_editors_is_up_to_date():
+    stored = json.loads((ROOT / "experiments" / "schema.json").read_text(encoding="utf-8"))
+    assert stored == json_schema(RunConfig), "run `make schema`"
 
 
 def test_only_yaml_and_readmes_under_experiments():

@@ -61,7 +61,7 @@ def run(config: Path, run_dir: Path) -> int:
 
 
 def _finish(cfg: RunConfig, result: Result) -> Outcome:
-    export = result.run_dir.path / "export"
+    export = result.run_dir.path / f"export-{result.step}"
     if not export.exists():
         export_run(result.run_dir.path, export)
     batches = build_dataset(cfg.data, batch_size=cfg.train.batch_size).validation_batches(cfg.train.validation.batches)

@@ -1,5 +1,6 @@
 """A config file is either understood or refused with one line per mistake, all at once."""
 
+import errno
 import json
 
 import pytest
@@ -177,6 +178,18 @@ def test_exit_code_and_lines(file, capsys):
     assert exited.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
+
+
+def test_a_full_disk_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exited, exit_on_user_error():
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == "error: metrics.jsonl: cannot be written: No space left on device\n"
+
+
+def test_other_system_errors_keep_their_traceback():
+    with pytest.raises(FileNotFoundError), exit_on_user_error():
+        raise FileNotFoundError(errno.ENOENT, "no such file", "x")
 
 
 def test_rules_hold_for_configs_built_in_python():
