@@ -1,6 +1,7 @@
 """Which examples a run sees, in which order: a function of the seed and the step, for any number of processes."""
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from kimi_jax.config.data import DataConfig, RecordData, StdlibData
 from kimi_jax.data.packing import Record
 from kimi_jax.data.prepare import TRAIN, VALIDATION, prepare_stdlib
-from kimi_jax.data.records import RecordSource, read_manifest
+from kimi_jax.data.records import MANIFEST, RecordSource, read_manifest
 from kimi_jax.data.tokenizers import BYTES, Tokenizer, load_tokenizer
 from kimi_jax.errors import UserError
 
@@ -188,11 +189,18 @@ def _open_source(folder: Path, cfg: DataConfig) -> RecordSource:
     return source
 
 
+def save_tokenizer(folder: Path, target: Path) -> None:
+    """Copies what `open_tokenizer` needs of a folder of records: its manifest and the tokenizer's files."""
+    target.mkdir(exist_ok=True)
+    for name in (*read_manifest(folder).tokenizer.files, MANIFEST):
+        shutil.copyfile(folder / name, target / name)
+
+
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """Opens the tokenizer that made the records of a folder.
+    """Opens the tokenizer that made the records of a folder, or that `save_tokenizer` put there.
 
     Raises:
-      UserError: there are no records, or the tokenizer files beside them are not those that made them.
+      UserError: there is no manifest, or the tokenizer files beside them are not those that made them.
     """
     entry = read_manifest(folder).tokenizer
     tokenizer = load_tokenizer(str(folder / entry.files[0]) if entry.files else BYTES)

@@ -1,13 +1,11 @@
 """What a checkpoint argument may be: a training run or a public checkpoint, both read into the same thing."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_jax.config.data import DataConfig, RecordData, StdlibData
 from kimi_jax.config.model import ModelConfig
 from kimi_jax.data.pipeline import open_tokenizer
-from kimi_jax.data.tokenizers import ByteTokenizer, Tokenizer
+from kimi_jax.data.tokenizers import Tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.interop.files import CONFIG
 from kimi_jax.interop.hf_import import import_model
@@ -64,7 +62,7 @@ def load_run(path: Path, step: int | None = None) -> SavedModel:
     cfg = run.load_config()
     if not run.checkpoints.is_dir():
         raise UserError(f"checkpoint {path}: the run has not written a checkpoint")
-    tokenizer = TOKENIZERS[type(cfg.data)](cfg.data)
+    tokenizer = open_tokenizer(run.tokenizer)
     _, params, buffers = abstract(cfg.model)
     with CheckpointStore(run.checkpoints) as store:
         steps = store.steps
@@ -76,12 +74,6 @@ def load_run(path: Path, step: int | None = None) -> SavedModel:
         state = store.restore_model(chosen, {"params": params, "buffers": buffers})
     stop_ids = (tokenizer.eos_id,)
     return SavedModel(cfg.model, state["params"], state["buffers"], tokenizer, stop_ids, cfg.data.seq_len)
-
-
-TOKENIZERS: dict[type, Callable[[DataConfig], Tokenizer]] = {
-    StdlibData: lambda data: ByteTokenizer(),
-    RecordData: lambda data: open_tokenizer(Path(data.train)),
-}
 
 
 def load_public(path: Path) -> SavedModel:

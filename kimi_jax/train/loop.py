@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from kimi_jax.config.train import RunConfig, SkipNonFinite
-from kimi_jax.data.pipeline import Dataset, build_dataset
+from kimi_jax.data.pipeline import Dataset, build_dataset, save_tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.display import Display
@@ -74,6 +74,7 @@ def train(cfg: RunConfig, run_dir: str | Path, resume: Resume = "auto") -> Resul
         stack.callback(loop.iterator.close)
         loop.set_state(step)  # a checkpoint that cannot be used is found before anything is written
         _announce(display, recipe, paths, record_start(paths, cfg), step, changes)
+        save_tokenizer(data.train.folder, paths.tokenizer)  # so that the model can be used where the data is not
         sinks = open_sinks(cfg, paths, last_step=step)
         for sink in sinks:
             stack.callback(sink.close)

@@ -65,6 +65,10 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
     def loss_plot(self) -> Path:
         return self.path / "plots" / "loss.png"
 

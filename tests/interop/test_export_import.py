@@ -16,6 +16,7 @@ from lively_models import SPECS, draw_model
 
 from kimi_jax.config.load import dump
 from kimi_jax.config.train import RunConfig
+from kimi_jax.data.pipeline import build_dataset, save_tokenizer
 from kimi_jax.data.tokenizers import ByteTokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.interop import hf_export
@@ -234,6 +235,7 @@ def run_dir(model, tmp_path_factory):
     settings = {"data": {"kind": "stdlib", "seq_len": 96}, "optim": {"kind": "adamw", "peak_lr": 1e-3}}
     cfg = RunConfig(model=model.cfg, train={"steps": 8, "batch_size": 2}, **settings)
     (path / "config.yaml").write_text(dump(cfg))
+    save_tokenizer(build_dataset(cfg.data, batch_size=2).train.folder, path / "tokenizer")
     step = jax.numpy.int32(0)
     with CheckpointStore(path / "checkpoints", keep=2) as store:
         for number, scale in ((4, 0.5), (8, 1.0)):
