@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,18 @@ class CheckpointStore:
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+            self._remove_unfinished()
         handlers = {name: ocp.StandardCheckpointHandler() for name in (MODEL, OPTIMIZER)}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in (POSITION, METADATA)}
         self._writable = keep is not None
         with _silent("absl"):  # orbax warns of every reader that it cannot write
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    def _remove_unfinished(self) -> None:
+        # What a killed process left. Orbax would do it in a thread that outlives a start which fails at once.
+        for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(folder)
 
     def __enter__(self) -> Self:
         return self

@@ -131,3 +131,12 @@ def test_damage_is_reported_with_the_way_out(tmp_path, damage):
         with pytest.raises(UserError, match=r"checkpoint .*/2: damaged: .+; remove that folder to go on from step 1$"):
             store.restore(2, jax.eval_shape(_state))
         store.restore(1, jax.eval_shape(_state))
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    left = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    left.mkdir(parents=True)
+    (left / "part").write_text("unfinished")
+    with CheckpointStore(tmp_path / "checkpoints", keep=2) as store:
+        assert store.latest_step is None
+    assert not left.exists()

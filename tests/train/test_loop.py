@@ -218,3 +218,14 @@ def test_script_prints_the_config(hybrid, tmp_path):
     assert yaml.safe_load(printed.stdout)["train"]["steps"] == 7, printed.stderr
     wrong = run(str(config), "train.stepz=7")
     assert wrong.returncode == 2 and "stepz" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_a_start_without_data_is_one_line(hybrid, changed, tmp_path):
+    config = tmp_path / "config.yaml"
+    nowhere = {"train": str(tmp_path / "nowhere"), "validation": None}
+    config.write_text(dump(changed(hybrid, data=nowhere, logging={"tensorboard": False})))
+    command = [sys.executable, "scripts/train.py", str(config), "--run-dir", str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ") and "nowhere: no manifest.json there" in line
