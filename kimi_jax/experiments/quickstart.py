@@ -19,8 +19,8 @@ from kimi_jax.interop.hf_export import export_run
 from kimi_jax.train.loop import Result, train
 from kimi_jax.train.metrics import read_metrics
 
-PROMPT = "class "
-SAMPLE = Settings(max_new_tokens=250, temperature=0.7, top_p=0.95)
+PROMPT = "import "
+SAMPLE = Settings(max_new_tokens=250, temperature=0.7, top_p=0.95, seed=1)
 MARGIN = 0.2  # the model must need this share fewer bits per byte than the bigram table
 
 
