@@ -1,35 +1,23 @@
 """The Kimi Delta Attention mixer: a gated delta rule with one forget gate per key channel."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kimi_jax.config.mixer import KdaMixer
 from kimi_jax.layers.cache import RecurrentCache
-from kimi_jax.layers.decay import build_decay
-from kimi_jax.layers.output_gate import GatedOutput
-from kimi_jax.layers.qkv import ConvolvedQkv, StepSize
+from kimi_jax.layers.recurrent import RecurrentMixer
 from pallas_kernels.kda.api import chunk_kda, step_kda
 
 
-class Kda(nnx.Module):
+class Kda(RecurrentMixer):
     """Projections and convolutions, the delta rule, then norm, gate and output projection.
 
     Source: Kimi Linear, arXiv:2510.26692, section 4.
     """
 
     def __init__(self, cfg: KdaMixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
-        self.implementation, self.chunk_size = cfg.implementation, cfg.chunk_size
-        self.state_shape = (cfg.value_heads, cfg.value_dim, cfg.key_dim)
-        self.qkv = ConvolvedQkv(cfg, model_dim=model_dim, std=std, rngs=rngs)
-        self.decay = build_decay(cfg.decay, cfg, model_dim=model_dim, std=std, rngs=rngs)
-        self.beta = StepSize(cfg, model_dim=model_dim, std=std, rngs=rngs)
-        self.output = GatedOutput(cfg, model_dim=model_dim, std=std, rngs=rngs)
-
-    def init_cache(self, batch: int, max_len: int, dtype: DTypeLike) -> RecurrentCache:
-        """Makes the cache of an empty context; `max_len` does not matter to a recurrent state."""
-        return RecurrentCache(jnp.zeros((batch, *self.state_shape), jnp.float32), self.qkv.init_cache(batch, dtype))
+        super().__init__(cfg, cfg.decay, model_dim=model_dim, std=std, rngs=rngs)
 
     @jax.named_scope("kda")
     def __call__(

@@ -1,36 +1,24 @@
 """The Mamba2 mixer: one decay per head and no delta correction, inside the same projections as KDA."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kimi_jax.config.mixer import HeadDecay, Mamba2Mixer
 from kimi_jax.layers.cache import RecurrentCache
-from kimi_jax.layers.decay import HeadDecayGate
 from kimi_jax.layers.norm import l2_normalize
-from kimi_jax.layers.output_gate import GatedOutput
-from kimi_jax.layers.qkv import ConvolvedQkv, StepSize
+from kimi_jax.layers.recurrent import RecurrentMixer
 from pallas_kernels.ssd.api import chunk_ssd
 
 
-class Mamba2(nnx.Module):
+class Mamba2(RecurrentMixer):
     """The paper's baseline: S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T with KDA's convolution, norms and output gate.
 
     Source: arXiv:2405.21060; as the baseline of Kimi Linear, arXiv:2510.26692, section 5.
     """
 
     def __init__(self, cfg: Mamba2Mixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
-        self.implementation, self.chunk_size = cfg.implementation, cfg.chunk_size
-        self.state_shape = (cfg.value_heads, cfg.value_dim, cfg.key_dim)
-        self.qkv = ConvolvedQkv(cfg, model_dim=model_dim, std=std, rngs=rngs)
-        self.decay = HeadDecayGate(HeadDecay(), cfg, model_dim=model_dim, std=std, rngs=rngs)
-        self.beta = StepSize(cfg, model_dim=model_dim, std=std, rngs=rngs)
-        self.output = GatedOutput(cfg, model_dim=model_dim, std=std, rngs=rngs)
-
-    def init_cache(self, batch: int, max_len: int, dtype: DTypeLike) -> RecurrentCache:
-        """Makes the cache of an empty context; `max_len` does not matter to a recurrent state."""
-        return RecurrentCache(jnp.zeros((batch, *self.state_shape), jnp.float32), self.qkv.init_cache(batch, dtype))
+        super().__init__(cfg, HeadDecay(), model_dim=model_dim, std=std, rngs=rngs)
 
     @jax.named_scope("mamba2")
     def __call__(

@@ -100,6 +100,16 @@ def _rate_gradient(gate, raw, g, dg, draw):
     return draw * (raw + gate.dt_bias[None, :, None, None, :]) if isinstance(gate, LowerBoundGate) else dg * g
 
 
+def _pair_matrices(vn, p, do, beta, scale):
+    """Gradients of Aqk (off the diagonal, and on it) and of L, each with its transpose above the diagonal."""
+    row, col = np.arange(C)[:, None], np.arange(C)[None]
+    lower, upper = _einsum("...iv,...jv->...ij", do, vn), _einsum("...iv,...jv->...ij", vn, do)
+    da_diagonal = scale * jnp.sum(jnp.where(row == col, lower, 0), -1, keepdims=True)
+    da = _round(scale * jnp.where(row > col, lower, upper))
+    lower, upper = _einsum("...iv,...jv->...ij", p, vn), _einsum("...iv,...jv->...ij", vn, p)
+    return da, da_diagonal, _round(-jnp.where(row > col, lower, upper * beta[..., None, :]))
+
+
 def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, gate: Gate, *, scale, normalize_qk):
     """Gradients of every input inside its chunk.
 
@@ -122,12 +132,7 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
 
     vn = _round(_einsum("...ij,...jv->...iv", _round(t * beta[..., None, :]), r))
     row, col = np.arange(C)[:, None], np.arange(C)[None]
-    lower, upper = _einsum("...iv,...jv->...ij", do, vn), _einsum("...iv,...jv->...ij", vn, do)
-    da_diagonal = scale * jnp.sum(jnp.where(row == col, lower, 0), -1, keepdims=True)
-    da = _round(scale * jnp.where(row > col, lower, upper))
-    lower, upper = _einsum("...iv,...jv->...ij", p, vn), _einsum("...iv,...jv->...ij", vn, p)
-    dl = _round(-jnp.where(row > col, lower, upper * beta[..., None, :]))
-
+    da, da_diagonal, dl = _pair_matrices(vn, p, do, beta, scale)
     through = partial(_einsum, "it,...td->...id")
     from_entry = jnp.exp2(through((row >= col).astype(np.float32), g2))
     to_exit = jnp.exp2(through((row < col).astype(np.float32), g2))
