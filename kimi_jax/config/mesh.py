@@ -1,5 +1,9 @@
 """How the devices are laid out."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from kimi_jax.config.base import Config
 from kimi_jax.config.mixer import PositiveInt
 
@@ -11,5 +15,11 @@ class Mesh(Config):
     """Copies of the parameters, each with its part of the batch; unset: the devices that the other axes leave."""
     fsdp: PositiveInt = 1
     """Parts of the batch whose devices hold a part of every parameter each and gather them layer by layer."""
+    expert: PositiveInt = 1
+    """Like fsdp, but for the experts: they stay where they are, and tokens travel to them."""
+    context: PositiveInt = 1
+    """Parts of every sequence."""
     tensor: PositiveInt = 1
     """Parts of the heads, of the feed-forward widths and of the vocabulary."""
+    expert_capacity: Annotated[float, Field(ge=1)] = 2.0
+    """Room for the rows that a device sends to another one's experts, in even shares; what does not fit is dropped."""

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
+from kimi_jax.config.mesh import Mesh as MeshConfig
 from kimi_jax.errors import UserError
 from kimi_jax.interop.hf_import import READERS, Dtype, PublicCheckpoint, open_checkpoint
 from kimi_jax.interop.keymap import Path_, flatten
 from kimi_jax.models.counts import count_cache_bytes
 from kimi_jax.models.decoder import logical_axes
-from kimi_jax.parallel.mesh import AXES
+from kimi_jax.parallel.mesh import abstract_mesh
 from kimi_jax.parallel.rules import state_shardings
 from kimi_jax.types import PyTree
 
@@ -46,7 +47,7 @@ def spread(checkpoint: PublicCheckpoint, mesh: Mesh | AbstractMesh) -> tuple[PyT
 
 def plan_load(checkpoint: PublicCheckpoint, num_devices: int, memory_bytes: float, dtype: Dtype) -> LoadPlan:
     """Computes what loading onto a "tensor" axis of `num_devices` devices, `memory_bytes` each, takes; needs none."""
-    mesh = AbstractMesh((1, 1, num_devices), AXES, (AxisType.Auto,) * len(AXES))
+    mesh = abstract_mesh(MeshConfig(tensor=num_devices), num_devices)
     shapes, places = flatten(checkpoint.params, checkpoint.buffers), flatten(*spread(checkpoint, mesh))
     dtypes = checkpoint.leaf_dtypes(dtype)
 

@@ -24,7 +24,7 @@ type Caches = dict[str, dict[str, Any]]
 """Like the decoder's parts: caches["groups"]["0"] holds the stacked caches of the first block of the group."""
 
 NO_REMAT = NoRemat()
-HIDDEN_AXES = ("batch", None, None)  # of the residual stream [B, T, D]
+HIDDEN_AXES = ("batch", "tokens", None)  # of the residual stream [B, T, D]
 
 
 class Decoder(nnx.Module):

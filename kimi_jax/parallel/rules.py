@@ -4,37 +4,45 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from kimi_jax.parallel.mesh import BATCH_AXES
 from kimi_jax.types import PyTree
 
-RULES: Mapping[str, str | tuple[str, ...]] = {
+RULES: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "ffn": "tensor",
+    "tokens": ("context",),
+    "experts": ("expert",),
+    "embed": ("fsdp", "expert"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "ffn": ("tensor",),
 }
-"""Names that are absent (head_dim, rank, latent, experts, conv, layers, tokens) are not cut."""
+"""Names that are absent (head_dim, rank, latent, conv, layers) are not cut. Of an array whose dimensions want the same
+mesh axis the first one has it: experts are cut over `expert`, so that their `embed` is cut over `fsdp` alone."""
 
 
-def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> P:
-    """Cuts the named dimensions of an array; one that does not divide evenly stays whole.
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """Cuts the named dimensions of an array, each over those of its mesh axes that divide it evenly.
 
     Args:
       axes: a logical name, or None, for each dimension.
       shape: the array's.
-      mesh: with every mesh axis that `RULES` names.
+      mesh: with every mesh axis that `RULES` names; axes that are not `Auto` (inside `shard_map`) cut nothing.
     """
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
 
     def cut(name: str | None, size: int) -> str | tuple[str, ...] | None:
-        target = RULES.get(name) if name else None
-        names = (target,) if isinstance(target, str) else target or ()
-        parts = math.prod(mesh.shape[axis] for axis in names)
-        return target if parts > 1 and size % parts == 0 else None
+        taken, parts = [], 1
+        for axis in RULES.get(name, ()):
+            length = mesh.shape[axis]
+            if axis in free and length > 1 and size % (parts * length) == 0:
+                taken.append(axis)
+                free.remove(axis)
+                parts *= length
+        return tuple(taken) if len(taken) > 1 else taken[0] if taken else None
 
     return P(*(cut(name, size) for name, size in zip(axes, shape, strict=True)))
 
@@ -49,7 +57,7 @@ def constrain(x: Array, axes: Sequence[str | None]) -> Array:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [B, T] of a batch."""
-    return NamedSharding(mesh, P(RULES["batch"], None))
+    return NamedSharding(mesh, P(RULES["batch"], RULES["tokens"]))
 
 
 def state_shardings(state: PyTree, logical_axes: PyTree, mesh: Mesh) -> PyTree:
@@ -79,6 +87,10 @@ def _names(path: Sequence) -> tuple[str, ...]:
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
+def _mesh_axes(part: str | tuple[str, ...] | None) -> str:
+    return "-" if part is None else part if isinstance(part, str) else "+".join(part)
+
+
 def sharding_table(params: PyTree, logical_axes: PyTree, mesh: Mesh) -> str:
     """One line per parameter: shape, logical axes, mesh axes, MiB on each device; the sum last."""
     shardings = state_shardings(params, logical_axes, mesh)
@@ -88,7 +100,7 @@ def sharding_table(params: PyTree, logical_axes: PyTree, mesh: Mesh) -> str:
     for (path, leaf), axes, sharding in zip(leaves, all_axes, jax.tree.leaves(shardings), strict=True):
         size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total += size
-        cut = ", ".join("-" if part is None else str(part) for part in sharding.spec)
+        cut = ", ".join(_mesh_axes(part) for part in sharding.spec)
         logical = ", ".join(name or "-" for name in axes)
         rows.append((".".join(_names(path)), str(leaf.shape), f"({logical})", f"({cut})", f"{size / 2**20:.2f}"))
     rows.append(("all parameters", "", "", "", f"{total / 2**20:.2f}"))

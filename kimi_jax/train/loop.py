@@ -17,7 +17,7 @@ from kimi_jax.config.train import RunConfig, SkipNonFinite
 from kimi_jax.data.pipeline import Batch, Dataset, build_dataset, save_tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.models.counts import count_flops
-from kimi_jax.parallel.mesh import build_mesh, check_batch
+from kimi_jax.parallel.mesh import build_mesh, check_run
 from kimi_jax.parallel.rules import batch_sharding, sharding_table
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.devices import model_flops_utilization
@@ -74,7 +74,7 @@ def train(cfg: RunConfig, run_dir: str | Path, resume: Resume = "auto") -> Resul
         if step >= cfg.train.steps:
             return _already_finished(recipe, paths, step)
         mesh = build_mesh(cfg.mesh)
-        check_batch(mesh, cfg.train.batch_size, cfg.train.grad_accum)
+        check_run(mesh, cfg)
         stack.enter_context(jax.set_mesh(mesh))
         data = build_dataset(cfg.data, batch_size=cfg.train.batch_size)
         _check_vocabulary(cfg, data)

@@ -11,7 +11,7 @@ from kimi_jax.config.load import load
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
 from kimi_jax.models import decoder
-from kimi_jax.parallel.mesh import build_mesh, check_batch
+from kimi_jax.parallel.mesh import abstract_mesh, build_mesh, check_run
 from kimi_jax.parallel.rules import batch_sharding, sharding_table, spec
 from kimi_jax.train.loop import train
 from kimi_jax.train.run_dir import RunDir
@@ -109,24 +109,48 @@ def test_a_run_goes_on_over_another_mesh(debug, tmp_path):
 # ------------------------------------------------------------------ without devices
 def test_sizes_that_do_not_fit_are_named():
     devices = jax.devices()[:1]
-    with pytest.raises(UserError, match="mesh: data=1, fsdp=2, tensor=1 need 2 devices, but there are 1"):
+    with pytest.raises(UserError, match="mesh: fsdp=2 need 2 devices, but there are 1"):
         build_mesh(config.Mesh(fsdp=2), devices)
-    with pytest.raises(UserError, match="data=3, fsdp=1, tensor=1 need 3 devices"):
-        build_mesh(config.Mesh(data=3), devices)
-    mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
-    with pytest.raises(
-        UserError, match=r"train.batch_size=12: 6 rows of a microbatch \(grad_accum=2\) do not divide over 4"
-    ):
-        check_batch(mesh, 12, 2)
-    check_batch(mesh, 12, 3)
+    with pytest.raises(UserError, match="mesh: data=3, context=2 need 6 devices, but there are 8"):
+        abstract_mesh(config.Mesh(data=3, context=2), 8)
 
 
-def test_dimensions_that_do_not_divide_stay_whole():
-    mesh = jax.sharding.AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
+BAD = {  # overrides, mesh, number of devices, what is said
+    "batch": (
+        ["train.batch_size=12", "train.grad_accum=2"],
+        {"fsdp": 2, "expert": 2},
+        8,
+        r"train.batch_size=12: 6 rows of a microbatch \(grad_accum=2\) do not divide over 8 parts of the mesh "
+        r"\(data=2, fsdp=2, expert=2\)",
+    ),
+    "sequence": (["data.seq_len=192"], {"context": 2}, 2, "data.seq_len=192: .*context=2 x 64 tokens of a chunk: 128"),
+    "heads": ([], {"tensor": 4}, 4, "model.mixers.kda.num_heads=2: not a multiple of mesh.tensor=4"),
+    "experts": ([], {"expert": 8}, 8, "model.ffn.num_experts=4: not a multiple of mesh.expert=8"),
+    "no_experts": (["model.ffn={kind: dense, hidden_dim: 64}"], {"expert": 2}, 2, "mesh.expert=2: .* no experts"),
+}
+
+
+@pytest.mark.parametrize("overrides, sizes, devices, message", BAD.values(), ids=BAD)
+def test_what_does_not_divide_is_named(overrides, sizes, devices, message):
+    cfg = load("experiments/sizes/debug.yaml", ["train.batch_size=8", *overrides], RunConfig)
+    with pytest.raises(UserError, match=message):
+        check_run(abstract_mesh(config.Mesh(**sizes), devices), cfg)
+
+
+def test_what_divides_passes(debug):
+    check_run(abstract_mesh(config.Mesh(data=2, expert=4, tensor=2), 16), debug)
+
+
+def test_an_array_is_cut_where_it_divides():
+    mesh = abstract_mesh(config.Mesh(data=2, fsdp=4, tensor=2), 16)
     assert spec(("vocab", "embed"), (264, 32), mesh) == jax.P("tensor", "fsdp")
     assert spec(("vocab", "embed"), (263, 30), mesh) == jax.P(None, None)
-    assert spec(("batch", None, None), (8, 3, 3), mesh) == jax.P(("data", "fsdp"), None, None)
+    assert spec(("batch", "tokens", None), (8, 3, 3), mesh) == jax.P(("data", "fsdp"), None, None)
+    assert spec(("batch", None, None), (6, 3, 3), mesh) == jax.P("data", None, None)
     assert spec(("layers", "experts", "conv"), (8, 8, 8), mesh) == jax.P(None, None, None)
+    experts = abstract_mesh(config.Mesh(data=1, fsdp=2, expert=4), 8)
+    assert spec(("layers", "experts", "embed", "ffn"), (6, 8, 16, 16), experts) == jax.P(None, "expert", "fsdp", None)
+    assert spec(("embed", "heads"), (16, 4), experts) == jax.P(("fsdp", "expert"), None)
 
 
 def test_the_table_adds_up(debug):
