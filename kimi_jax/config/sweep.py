@@ -30,6 +30,15 @@ class Point:
     """All values to lay on the base: those of the arm, then the swept ones."""
 
 
+class Until(Config):
+    """When a group of runs trained together may end early: one of its runs has learnt the task."""
+
+    accuracy: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Validation accuracy that counts as learnt."""
+    validations: Annotated[int, Field(gt=0)] = 3
+    """In so many validations in a row."""
+
+
 class SweepConfig(Config):
     """`runs` x `grid` x `zip` x `seeds`, in this order, without what `exclude` names."""
 

@@ -79,6 +79,14 @@ class RunDir:
         return self.path / "log.txt"
 
     @property
+    def ended(self) -> Path:
+        """Says at which step the run was ended before its last one, for good."""
+        return self.path / "ended.json"
+
+    def mark_ended(self, step: int) -> None:
+        write_whole(self.ended, json.dumps({"step": step}) + "\n")
+
+    @property
     def has_progress(self) -> bool:
         """Whether steps were taken here: something that must not be lost."""
         return any(self.checkpoints.glob("[0-9]*")) or (self.metrics.exists() and self.metrics.stat().st_size > 0)

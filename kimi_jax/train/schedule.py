@@ -10,7 +10,7 @@ from kimi_jax.config.optim import Constant, Optim, Schedule, WarmupCosine, Warmu
 type Decay = Callable[[Float[Array, ""], int], Float[Array, ""]]
 
 
-def learning_rate(cfg: Optim, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+def learning_rate(cfg: Optim, steps: int) -> Callable[..., Float[Array, ""]]:
     """Builds the schedule of a run.
 
     Warmup step i of W has (i + 1) / W of the peak, so no step is wasted on a rate of zero; a decay starts at the peak
@@ -21,15 +21,16 @@ def learning_rate(cfg: Optim, steps: int) -> Callable[[Int[Array, ""]], Float[Ar
       steps: steps of the whole run.
 
     Returns:
-      A function from the 0-based step (int32 scalar) to the learning rate (float32 scalar).
+      A function from the 0-based step (int32 scalar) to the learning rate (float32 scalar); its second argument, a
+      float32 scalar, takes the place of `cfg.peak_lr`.
     """
     decay = _DECAYS[type(cfg.schedule)](cfg.schedule, steps)
     warmup_steps = cfg.schedule.warmup_steps
 
-    def rate(step: Int[Array, ""]) -> Float[Array, ""]:
+    def rate(step: Int[Array, ""], peak_lr: float | Float[Array, ""] = cfg.peak_lr) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
         warmup = jnp.minimum(1.0, (step + 1.0) / max(warmup_steps, 1))
-        return cfg.peak_lr * warmup * decay(step)
+        return peak_lr * warmup * decay(step)
 
     return rate
 

@@ -39,22 +39,25 @@ class Sums(NamedTuple):
     """Router load of each MoE layer."""
 
 
-def build_train_step(recipe: Recipe) -> Callable[[State, Batch], tuple[State, Metrics]]:
+def build_train_step(recipe: Recipe) -> Callable[..., tuple[State, Metrics]]:
     """Makes the step function; the caller compiles it, donating the state.
 
     The gradient is that of the mean over all scored tokens of the batch, however many microbatches it is cut into.
 
     Returns:
-      (state, batch) -> (state, metrics). Metrics are scalars: loss_nats, z_loss, balance_loss, grad_norm (before
-      clipping), update_rms (of the parameters' change), lr, tokens (scored ones), skipped (0 or 1), and with MoE
-      router_load_max and router_load_min, the fullest and emptiest expert of any layer relative to its layer's mean.
+      (state, batch, peak_lr=that of the config) -> (state, metrics). Metrics are scalars: loss_nats, z_loss,
+      balance_loss, grad_norm (before clipping), update_rms (of the parameters' change), lr, tokens (scored ones),
+      skipped (0 or 1), and with MoE router_load_max and router_load_min, the fullest and emptiest expert of any layer
+      relative to its layer's mean.
     """
     cfg = recipe.cfg
     gradients, rate = build_gradients(recipe), learning_rate(cfg.optim, cfg.train.steps)
 
-    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def train_step(
+        state: State, batch: Batch, peak_lr: float | Float[Array, ""] = cfg.optim.peak_lr
+    ) -> tuple[State, Metrics]:
         grads, sums = gradients(state["params"], state["buffers"], batch)
-        lr = rate(state["step"])
+        lr = rate(state["step"], peak_lr)
         with jax.named_scope("optimizer"):
             clipped, grad_norm = clip_by_global_norm(grads, cfg.optim.clip_norm)
             direction, opt_state = recipe.optimizer.update(clipped, state["opt_state"], state["params"])

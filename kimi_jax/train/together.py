@@ -1,0 +1,283 @@
+"""Trains several small runs as one program: a scan over steps of a vmap over the runs, and when it may end early."""
+
+import collections
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from rich.console import Console
+
+from kimi_jax.config.sweep import Until
+from kimi_jax.config.train import RunConfig
+from kimi_jax.errors import UserError
+from kimi_jax.train.checkpoint import CheckpointStore
+from kimi_jax.train.evaluation import validation_metrics
+from kimi_jax.train.members import Feed, Member
+from kimi_jax.train.metrics import open_sinks
+from kimi_jax.train.run_dir import claim, config_differences, record_start
+from kimi_jax.train.signals import StopRequest, catch_stop_signals
+from kimi_jax.train.state import Recipe, State
+from kimi_jax.train.step import build_eval_step, build_train_step
+
+MEMBER_KEYS = ("optim.peak_lr", "train.seed", "data.shuffle_seed")  # what members of a group may differ in
+BLOCK_STEPS = 64  # at most so many steps are one call of the device
+
+type Validation = Sequence[Mapping[str, float]]
+"""Validation metrics of each member."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a call of `train_together` ended."""
+
+    step: int
+    finished: bool
+    exit_code: int
+    """0, or 128 + the number of the signal that stopped it."""
+
+
+def train_together(configs: Sequence[RunConfig], run_dirs: Sequence[Path], until: Until | None = None) -> Ending:
+    """Trains runs that differ in learning rate and seeds alone as one program, until all steps are done.
+
+    Each run directory holds what `train` leaves there, checkpoints included, so a member may go on alone. The group
+    goes on from the newest checkpoint that all its members have.
+
+    Args:
+      configs: one per member.
+      run_dirs: their directories, made if need be.
+      until: ends the group before its last step once it holds for one member; each directory then says so.
+
+    Raises:
+      UserError: the members do not fit together; a directory, the data or a checkpoint does not fit its config; or a
+        member's loss stopped being finite, which is told once the others are done.
+    """
+    _check_alike(configs)
+    with contextlib.ExitStack() as stack:
+        members = [_open_member(stack, cfg, path) for cfg, path in zip(configs, run_dirs, strict=True)]
+        feed = Feed(members)
+        stack.callback(feed.close)
+        group = _Group(members, feed)
+        group.restore()
+        for member in members:
+            record_start(member.paths, member.cfg)
+            member.sinks = open_sinks(member.cfg, member.paths, last_step=group.step)
+            for sink in member.sinks:
+                stack.callback(sink.close)
+        feed.save_tokenizers(members)
+        stop = stack.enter_context(catch_stop_signals())
+        group.compile()
+        group.run(stop, until)
+        group.finish(stop)
+        if failures := [member.failure for member in members if member.failure]:
+            raise UserError(failures)
+        return Ending(group.step, group.finished, 0 if group.finished else stop.exit_code)
+
+
+def _check_alike(configs: Sequence[RunConfig]) -> None:
+    first = configs[0]
+    for cfg in configs[1:]:
+        for key, one, other in config_differences(first, cfg):
+            if key not in MEMBER_KEYS:
+                rule = f"only {', '.join(MEMBER_KEYS)} may differ"
+                raise UserError(f"runs trained together: {key} is {one} in one and {other} in another; {rule}")
+    if first.train.init_from is not None:
+        raise UserError(f"runs trained together: train.init_from={first.train.init_from} is not supported")
+    if jax.device_count() > 1:
+        raise UserError(f"runs trained together: they need one device, this process sees {jax.device_count()}")
+
+
+def _open_member(stack: contextlib.ExitStack, cfg: RunConfig, path: Path) -> Member:
+    paths, _ = stack.enter_context(claim(path, cfg, "auto"))
+    keep = max(cfg.train.checkpoints.keep, 2)  # a kill between two members' writes leaves them at different steps
+    return Member(cfg, paths, stack.enter_context(CheckpointStore(paths.checkpoints, keep=keep)))
+
+
+def build_block(recipe: Recipe, *, shared_data: bool) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """Makes (states, batches, peak_lrs) -> (states, metrics): a scan over steps of a vmap over members.
+
+    Args:
+      recipe: of any member.
+      shared_data: whether batches are arrays [steps, B, T] for all members, or [steps, members, B, T].
+
+    Returns:
+      The function; states have a leading axis of members, peak_lrs is [members], metrics are [steps, members].
+    """
+    step = jax.vmap(build_train_step(recipe), in_axes=(0, None if shared_data else 0, 0))
+
+    def block(states: State, batches: Mapping[str, Array], peak_lrs: Float[Array, "M"]):
+        return jax.lax.scan(lambda states, batch: step(states, batch, peak_lrs), states, batches)
+
+    return block
+
+
+class _Group:
+    """One process's work on a group: `restore`, `compile`, `run`, `finish`, in this order."""
+
+    def __init__(self, members: Sequence[Member], feed: Feed):
+        self.members, self.feed, self.cfg = members, feed, members[0].cfg.train
+        self.recipe = Recipe(members[0].cfg)
+        self.peak_lrs = np.array([member.cfg.optim.peak_lr for member in members], np.float32)
+        self.console = Console(soft_wrap=True)
+        self.pending: collections.deque[tuple[int, dict[str, Array]]] = collections.deque()
+        self.clock = _Clock()
+        self.step = self.saved_step = 0
+        self.ended_early = False
+
+    # -------------------------------------------------------------- start
+    def restore(self) -> None:
+        """Makes the first states, or restores those of the newest step that all members have."""
+        common = set.intersection(*(set(member.store.steps) for member in self.members))
+        self.step = self.saved_step = max(common, default=0)
+        if self.step:
+            target = self.recipe.abstract_state()
+            restored = [member.store.restore(self.step, target) for member in self.members]
+            states = [one.state for one in restored]
+            for member, one in zip(self.members, restored, strict=True):
+                member.total_tokens = one.metadata["total_tokens"]
+            self.feed.set_positions([one.position for one in restored])
+        else:
+            init = jax.jit(self.recipe.init_state)
+            states = [init(jax.random.key(member.cfg.train.seed)) for member in self.members]
+        self.states: State = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        where = f"go on from step {self.step}" if self.step else "start"
+        names = ", ".join(member.paths.path.name for member in self.members)
+        self._print(f"{len(self.members)} runs together {where}, {self.cfg.steps} steps each: {names}")
+
+    def compile(self) -> None:
+        """Compiles a block of steps, and the validation."""
+        start = time.perf_counter()
+        due = math.gcd(self.cfg.steps, self.cfg.validation.every, self.cfg.checkpoints.every, self.step)
+        self.block_steps = max(n for n in range(1, BLOCK_STEPS + 1) if due % n == 0)  # nothing is due within a block
+        block = jax.jit(build_block(self.recipe, shared_data=self.feed.shared), donate_argnums=0)
+        try:
+            lowered = block.lower(self.states, self.feed.shapes(self.block_steps), self.peak_lrs)
+        except NotImplementedError as error:  # an operator's implementation that the config names cannot run here
+            raise UserError(f"config: {error}") from error
+        self.train_block = lowered.compile()
+        self.evaluate = jax.jit(jax.vmap(build_eval_step(self.recipe), in_axes=(0, 0, None, None)))
+        self.validation_batches = jax.device_put(list(self.feed.validation_batches(self.cfg.validation.batches)))
+        self.token_bytes = jax.device_put(self.feed.datasets[0].token_bytes)
+        self._print(f"compiled blocks of {self.block_steps} steps in {time.perf_counter() - start:.1f} s")
+
+    # -------------------------------------------------------------- steps
+    def run(self, stop: StopRequest, until: Until | None) -> None:
+        """Takes steps until all are done, `until` holds or a signal comes; leaves a checkpoint of the last one."""
+        batches = self.feed.draw(self.block_steps)
+        while self.step < self.cfg.steps and not stop and not self.ended_early:
+            self.states, metrics = self.train_block(self.states, batches, self.peak_lrs)
+            self.step += self.block_steps
+            self.pending.append((self.step, metrics))
+            last = self.step == self.cfg.steps
+            due = last or self.step % self.cfg.validation.every == 0
+            sums = self._start_validation() if due else []
+            self.positions = self.feed.positions
+            batches = batches if last else self.feed.draw(self.block_steps)  # while the device works
+            if due:
+                self._settle(keep=1)
+                self._settle(keep=0, validation=self._validation(sums))
+                self.ended_early = until is not None and not last and any(_holds(until, m) for m in self.members)
+            if last or self.step % self.cfg.checkpoints.every == 0:
+                self._checkpoint()
+            self._settle(keep=1)
+        if self.step > self.saved_step:
+            self._checkpoint()
+
+    def _start_validation(self) -> list[dict[str, Array]]:
+        model = self.states["params"], self.states["buffers"]
+        return [self.evaluate(*model, batch, self.token_bytes) for batch in self.validation_batches]
+
+    def _validation(self, sums: Sequence[Mapping[str, Array]]) -> Validation:
+        fetched = jax.device_get(sums)
+        members = range(len(self.members))
+        found = [validation_metrics([{name: x[i] for name, x in s.items()} for s in fetched]) for i in members]
+        for member, metrics in zip(self.members, found, strict=True):
+            member.accuracies.append(metrics.get("validation_accuracy", 0.0))
+        return found
+
+    def _settle(self, *, keep: int, validation: Validation | None = None) -> None:
+        """Fetches and writes the steps of finished blocks, oldest first; `validation` belongs to the last of them."""
+        while len(self.pending) > keep:
+            end, on_device = self.pending.popleft()
+            metrics = jax.device_get(on_device)
+            rate = self.clock.lap(int(metrics["tokens"].sum()))
+            steps = range(end - len(metrics["tokens"]) + 1, end + 1)
+            for at, step in enumerate(steps):
+                rows = {name: x[at] for name, x in metrics.items()}
+                self._write(step, rows, rate, validation if step == end else None)
+            if validation:
+                self._show(end, validation, rate)
+
+    def _write(
+        self, step: int, rows: Mapping[str, np.ndarray], rate: float | None, validation: Validation | None
+    ) -> None:
+        logged = validation or step in (1, self.cfg.steps) or step % self.cfg.log_every == 0
+        speed = {} if rate is None else {"tokens_per_s": rate / len(self.members)}
+        for i, member in enumerate(self.members):
+            if member.failure:
+                continue
+            record = member.note_step(step, {name: x[i].item() for name, x in rows.items()})
+            if logged:
+                member.write(record | (validation[i] if validation else {}) | speed)
+
+    def _show(self, step: int, validation: Validation, rate: float | None) -> None:
+        found = ", ".join(f"{v['validation_loss_nats']:.3f} ({v['validation_accuracy']:.2%})" for v in validation if v)
+        speed = "" if rate is None else f"; {rate:,.0f} tokens/s"
+        self._print(f"step {step}/{self.cfg.steps}  validation loss and accuracy {found}{speed}")
+
+    def _checkpoint(self) -> None:
+        self._settle(keep=0)
+        for i, member in enumerate(self.members):
+            if not member.failure:
+                state = jax.tree.map(lambda x, i=i: x[i], self.states)
+                metadata = {"total_tokens": member.total_tokens, "config": member.cfg.model_dump(mode="json")}
+                member.store.save(self.step, state, self.positions[i], metadata)
+                member.plot()
+        self.saved_step = self.step
+        self.clock.restart()
+
+    # -------------------------------------------------------------- end
+    @property
+    def finished(self) -> bool:
+        return self.ended_early or self.step == self.cfg.steps
+
+    def finish(self, stop: StopRequest) -> None:
+        """Waits for the checkpoints and says how it ended."""
+        for member in self.members:
+            member.store.wait()
+            if self.ended_early and not member.failure:
+                member.paths.mark_ended(self.step)
+        how = "ended early" if self.ended_early else "finished" if self.finished else f"{stop.signal.name}: stopped"
+        self._print(f"{how} after step {self.step}")
+
+    def _print(self, line: str) -> None:
+        """To the terminal and to every member's log.txt."""
+        self.console.print(line, markup=False, highlight=False)
+        for member in self.members:
+            with member.paths.log.open("a") as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+
+def _holds(until: Until, member: Member) -> bool:
+    last = member.accuracies[-until.validations :]
+    return not member.failure and len(last) == until.validations and min(last) >= until.accuracy
+
+
+class _Clock:
+    """Scored tokens per second between laps; the first lap, which starts the data's threads, has no rate."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def restart(self) -> None:
+        self._since = self._since and time.perf_counter()
+
+    def lap(self, tokens: int) -> float | None:
+        since, self._since = self._since, time.perf_counter()
+        return None if since is None else tokens / (self._since - since)
