@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.kda.chain_mosaic_gpu_vjp import reverse_chain
-from pallas_kernels.kda.gates import Gate, LowerBoundGate
+from pallas_kernels.kda.gates import Gate, LowerBoundGate, log_decay_of_rows
 from pallas_kernels.kda.mirror_vjp import LN2, Gradients, cotangent_scale
 from pallas_kernels.kda.prepare_mosaic_gpu import (
     FINE,
@@ -190,7 +190,7 @@ class _Chunks:
         plgpu.copy_gmem_to_smem(self.q_g.at[b, rows, head, self.slab], self.q_in.at[wg], self.inputs_bar.at[wg])
         plgpu.copy_gmem_to_smem(self.k_g.at[b, rows, head, self.slab], self.k_in.at[wg], self.inputs_bar.at[wg])
         plgpu.copy_gmem_to_smem(self.raw_g.at[b, rows, h, self.slab], self.raw_in.at[wg], self.inputs_bar.at[wg])
-        plgpu.copy_gmem_to_smem(self.par_g.at[h, wg], self.column_s(wg, BIAS, 2), self.inputs_bar.at[wg])
+        plgpu.copy_gmem_to_smem(self.par_g.at[bh, wg], self.column_s(wg, BIAS, 2), self.inputs_bar.at[wg])
         plgpu.copy_gmem_to_smem(self.ds_g.at[bh, n, :, self.slab], self.ds_s.at[wg], self.states_bar.at[wg])
 
     def sync(self, i):
@@ -471,7 +471,7 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
       q, k [B,T,H,K], raw [B,T,HV,K], do [B,T,HV,V]: bfloat16 or float16 (raw in base 2, float16, without a gate).
       p, r [B*HV,NT,C,V], h, ds [B*HV,NT,V,K], t [B*HV,NT,C,C]: float16; gamma [B*HV,NT,K]: float32.
       weight [B*HV,NT,4,C]: beta, scale of do, its reciprocal for outputs, and the token's code.
-      par [HV,2,K]: dt_bias in base 2, rate.
+      par [B*HV,2,K]: dt_bias in base 2, rate.
 
     Returns:
       dq, dk, draw [B,T,HV,K], dv [B,T,HV,V], dbeta [B*HV,NT,C], and sums to be completed: for the rate
@@ -518,7 +518,7 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
         ],
     )  # fmt: skip
     gamma = gamma.reshape(heads, NT, num_wgs, SLAB)
-    par = jnp.swapaxes(par.reshape(HV, 2, num_wgs, SLAB), 1, 2).reshape(HV, num_wgs, 2 * SLAB)
+    par = jnp.swapaxes(par.reshape(heads, 2, num_wgs, SLAB), 1, 2).reshape(heads, num_wgs, 2 * SLAB)
     weight = weight.reshape(heads, NT, NUM_WEIGHTS * C)
     dq, dk, dv, draw, dbeta, rate, bias = launch(q, k, raw, do, p, r, h, ds, t, gamma, weight, par)
     return dq, dk, dv, draw, dbeta, rate, bias.reshape(heads, NT, num_wgs, 4, SLAB)
@@ -544,20 +544,20 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
     last = merge(dfinal * size[:, :, None, None])
     ds, p, dinitial = reverse_chain(*prepared, beta, weight[:, :, DO_SCALE], do, last)
     fused = gate is not None and g.dtype != f32
-    raw = g if fused else _base2(g if gate is None else gate.log_decay(g))
+    raw = g if fused else _base2(g if gate is None else log_decay_of_rows(gate, g))
     kind = _GateKind(fused, gate.bound if isinstance(gate, LowerBoundGate) else None)
     dq, dk, dv, dg, dbeta, rate, bias = chunk_gradients(
-        *(q, k, raw, do, p, r, h, ds, prepared.t, prepared.gamma, weight, _gate_parameters(gate, HV, K)),
+        *(q, k, raw, do, p, r, h, ds, prepared.t, prepared.gamma, weight, _gate_parameters(gate, heads, K)),
         **dict(kind=kind, scale=scale, normalize_qk=normalize_qk, packed=code is not None),
     )
     da_log = ddt_bias = None
     if fused:
-        da_log = rate.reshape(B, HV, -1).sum((0, 2))
-        ddt_bias = bias.reshape(B, HV, NT, K // SLAB, 4, SLAB).sum((0, 2, 4)).reshape(HV, K)
+        da_log = rate.reshape(B, HV, -1).sum(2)
+        ddt_bias = bias.reshape(B, HV, NT, K // SLAB, 4, SLAB).sum((2, 4)).reshape(B, HV, K)
     elif gate is not None:
         clean = g if code is None else jnp.where(padding.reshape(B, T, 1, 1), 0, g)
-        _, pull = jax.vjp(lambda raw, gate: gate.log_decay(raw), clean, gate)
-        dg, dgate = pull(dg.astype(f32))
+        _, pull = jax.vjp(log_decay_of_rows, gate, clean)
+        dgate, dg = pull(dg.astype(f32))
         da_log, ddt_bias = dgate.a_log, dgate.dt_bias
     of_head = lambda x: x.reshape(B, T, H, HV // H, K).astype(f32).sum(3).astype(x.dtype) if HV != H else x
     dinitial = dinitial.reshape(B, HV, *dinitial.shape[1:]) / size[:, :, None, None]
@@ -581,9 +581,10 @@ def _base2(g):
     return jnp.maximum(g.astype(f32) * LOG2E, FORGET).astype(f16)  # as the forward kernel rounds it
 
 
-def _gate_parameters(gate: Gate, HV: int, K: int):
-    """dt_bias in base 2 and exp(a_log) per channel, [HV, 2, K]."""
+def _gate_parameters(gate: Gate, heads: int, K: int):
+    """dt_bias in base 2 and exp(a_log) per channel, [B * HV, 2, K]."""
     if gate is None:
-        return jnp.zeros((HV, 2, K), f32)
-    rate = jnp.ones((HV,), f32) if gate.a_log is None else jnp.exp(gate.a_log.astype(f32))
-    return jnp.stack([gate.dt_bias.astype(f32) * LOG2E, jnp.broadcast_to(rate[:, None], (HV, K))], 1)
+        return jnp.zeros((heads, 2, K), f32)
+    rate = jnp.ones((heads,), f32) if gate.a_log is None else jnp.exp(gate.a_log.astype(f32)).reshape(heads)
+    bias = (gate.dt_bias.astype(f32) * LOG2E).reshape(heads, K)
+    return jnp.stack([bias, jnp.broadcast_to(rate[:, None], (heads, K))], 1)

@@ -59,3 +59,8 @@ class LowerBoundGate:
 
 
 type Gate = SoftplusGate | LowerBoundGate | None
+
+
+def log_decay_of_rows(gate: Gate, raw: Float[Array, "B T HV K"]) -> Float[Array, "B T HV K"]:
+    """`gate.log_decay` with a gate per row of the batch: a_log [B, HV], dt_bias [B, HV, K]."""
+    return jax.vmap(lambda gate, raw: gate.log_decay(raw))(gate, raw)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.kda import segments_mosaic_gpu
-from pallas_kernels.kda.gates import Gate
+from pallas_kernels.kda.gates import Gate, log_decay_of_rows
 from pallas_kernels.kda.prepare_mosaic_gpu import FINE, FORGET, LEVELS, LOG2E, OWN, PADDING, RESET, C, Prepared
 from pallas_kernels.kda.reference import L2_EPS
 
@@ -60,7 +60,7 @@ def prepare(q, k, g, beta, code, gate: Gate, *, scale: float, normalize_qk: bool
             x = x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2_EPS)
         return _by_head(_round(x * factor), group)
 
-    decay = _by_head((g if gate is None else gate.log_decay(g)).astype(f32) * LOG2E)
+    decay = _by_head((g if gate is None else log_decay_of_rows(gate, g)).astype(f32) * LOG2E)
     if code is not None:
         of_row = _per_head(code, HV)[..., None]
         decay = jnp.where(of_row == 0, decay, jnp.where(of_row == RESET, FORGET, 0.0))

@@ -28,8 +28,8 @@ class Gradients(NamedTuple):
     v: Float[Array, "B T HV V"]
     g: Float[Array, "B T HV K"]
     beta: Float[Array, "BH N C"]
-    a_log: Float[Array, "HV"] | None
-    dt_bias: Float[Array, "HV K"] | None
+    a_log: Float[Array, "B HV"] | None
+    dt_bias: Float[Array, "B HV K"] | None
     initial_state: Float[Array, "B HV V K"]
 
 
@@ -101,8 +101,8 @@ def gate_and_slope(gate: Gate, raw):
     """(log-decay in nats, its derivative by the raw logit), float32, for [B, HV, NT, C, K]."""
     if gate is None:
         return raw, jnp.ones_like(raw)
-    z = raw + gate.dt_bias[None, :, None, None, :]
-    rate = 1.0 if gate.a_log is None else jnp.exp(gate.a_log)[None, :, None, None, None]
+    z = raw + gate.dt_bias[:, :, None, None, :]
+    rate = 1.0 if gate.a_log is None else jnp.exp(gate.a_log)[:, :, None, None, None]
     if isinstance(gate, SoftplusGate):
         return -rate * jax.nn.softplus(z), -rate * jax.nn.sigmoid(z)
     s = jax.nn.sigmoid(rate * z)
@@ -110,7 +110,7 @@ def gate_and_slope(gate: Gate, raw):
 
 
 def _rate_gradient(gate, raw, g, dg, draw):
-    return draw * (raw + gate.dt_bias[None, :, None, None, :]) if isinstance(gate, LowerBoundGate) else dg * g
+    return draw * (raw + gate.dt_bias[:, :, None, None, :]) if isinstance(gate, LowerBoundGate) else dg * g
 
 
 def _pair_matrices(vn, p, do, scale):
@@ -152,7 +152,7 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
       ds, p, do: as in `reverse`; unscale: reciprocal of the cotangents' scale, [B,HV,1,1,1].
 
     Returns:
-      dq, dk, dv, draw [B,HV,NT,C,K or V], dbeta [B,HV,NT,C], da_log [HV], ddt_bias [HV,K] (None
+      dq, dk, dv, draw [B,HV,NT,C,K or V], dbeta [B,HV,NT,C], da_log [B,HV], ddt_bias [B,HV,K] (None
       without a gate), float32.
     """
     token, start = (code != PADDING)[..., None], (code == RESET)[..., None]
@@ -198,7 +198,7 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
     dv = beta[..., None] * p * unscale
     sums = (None, None)
     if gate is not None:
-        sums = jnp.sum(_rate_gradient(gate, raw, g, dg, draw), (0, 2, 3, 4)), jnp.sum(draw, (0, 2, 3))
+        sums = jnp.sum(_rate_gradient(gate, raw, g, dg, draw), (2, 3, 4)), jnp.sum(draw, (2, 3))
     return dq, dk, dv, draw, dbeta * unscale[..., 0], *sums
 
 

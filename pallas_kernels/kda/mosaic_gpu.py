@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.batching import by_rows
 from pallas_kernels.hopper import refuse_device
 from pallas_kernels.kda.chunk_mosaic_gpu import STRIP
 from pallas_kernels.kda.chunk_mosaic_gpu_vjp import backward
@@ -103,7 +104,7 @@ def padded(options: Options, q, k, v, g, beta, gate: Gate, initial_state, segmen
         gate = dataclasses.replace(gate, dt_bias=jnp.pad(gate.dt_bias, ((0, 0), (0, keys))))
     if initial_state is not None and (keys or values):
         initial_state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, values), (0, keys)))
-    arrays = (q, k, v, g, beta, gate, initial_state, code)
+    arrays = (q, k, v, g, beta, gate_of_rows(gate, q.shape[0]), initial_state, code)
     if every is None:
         o, final = _core(options, *arrays)
         return o[:, :T, :, :V], final[:, :, :V, :K]
@@ -115,6 +116,11 @@ def padded(options: Options, q, k, v, g, beta, gate: Gate, initial_state, segmen
 
 def _split_heads(x: Float[Array, "BH ..."], like: Float[Array, "B HV ..."]) -> Float[Array, "B HV ..."]:
     return x.reshape(*like.shape[:2], *x.shape[1:])
+
+
+def gate_of_rows(gate: Gate, batch: int) -> Gate:
+    """The gate once per row of the batch: several models have several. Float32, in which its gradients add up."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x.astype(jnp.float32), (batch, *x.shape)), gate)
 
 
 def pad_code(segment_ids, batch: int, length: int, extra: int) -> Int[Array, "B N C"]:
@@ -133,11 +139,16 @@ def _core(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code):
 
 
 def forward(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code, *, keep: bool):
-    """Both kernels, on whole chunks and tiles.
+    """Both kernels, on whole chunks and tiles; the gate has the rows of the batch first.
 
     Returns:
       (o, final state [B, HV, V, K], residuals or None): residuals are (prepared, beta per chunk, entering states, R).
     """
+    run = by_rows(functools.partial(_run_kernels, options, keep))
+    return run(q, k, v, g, beta, gate, initial_state, code)
+
+
+def _run_kernels(options: Options, keep: bool, q, k, v, g, beta, gate: Gate, initial_state, code):
     B, T, HV, V = v.shape
     steps = jnp.moveaxis(beta.astype(jnp.float32), 2, 1).reshape(B, HV, T // C, C)
     if code is not None:
@@ -162,15 +173,10 @@ def _core_backward(options: Options, residuals, cotangents):
     (q, k, _, g, beta, gate, initial_state, code), (prepared, steps, states, errors) = residuals
     d_o, d_final = cotangents
     B, T, HV = beta.shape
-    d = options.backward(
-        *(q, k, g, steps, code, gate, prepared, states, errors, d_o, d_final),
-        **dict(scale=options.scale, normalize_qk=options.normalize_qk),
-    )
+    backward = functools.partial(options.backward, scale=options.scale, normalize_qk=options.normalize_qk)
+    d = by_rows(backward)(q, k, g, steps, code, gate, prepared, states, errors, d_o, d_final)
     d_beta = jnp.moveaxis(d.beta.reshape(B, HV, T), 1, 2).astype(beta.dtype)
-    d_gate = None
-    if gate is not None:
-        d_a_log = None if gate.a_log is None else d.a_log.astype(gate.a_log.dtype)
-        d_gate = dataclasses.replace(gate, a_log=d_a_log, dt_bias=d.dt_bias.astype(gate.dt_bias.dtype))
+    d_gate = None if gate is None else dataclasses.replace(gate, a_log=d.a_log, dt_bias=d.dt_bias)
     d_initial = None if initial_state is None else d.initial_state.astype(initial_state.dtype)
     return d.q, d.k, d.v, d.g, d_beta, d_gate, d_initial, None
 

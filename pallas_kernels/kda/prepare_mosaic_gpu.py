@@ -374,7 +374,7 @@ def _load_inputs(place, source: _Inputs, target: _Inputs, arrived, options: _Opt
     gates_in, heads_in = arrived
     rows, h = pl.ds(n * C, C), lax.div(hv, options.group)
     plgpu.copy_gmem_to_smem(source.g.at[b, rows, hv], target.g, gates_in)
-    plgpu.copy_gmem_to_smem(source.bias.at[hv], target.bias, gates_in)
+    plgpu.copy_gmem_to_smem(source.bias.at[bh], target.bias, gates_in)
     plgpu.copy_gmem_to_smem(source.beta.at[bh, n], target.beta, gates_in)
     if source.code is not None:
         plgpu.copy_gmem_to_smem(source.code.at[b, n], target.code, gates_in)
@@ -400,13 +400,14 @@ def prepare(
       g: log-decay, or the gate's raw logit; bfloat16, float16 or float32.
       beta: float32, 0 at padding.
       code: int32 per token, RESET where a segment starts, PADDING; None: every token is ordinary.
+      gate: with the rows of the batch first: a_log [B, HV], dt_bias [B, HV, K].
     """
     B, T, H, K = q.shape
     HV = g.shape[2]
     N, packed = T // C, code is not None
     total, stride = B * N * HV, BLOCKS * TEAMS
     options = _Options(gate, scale, normalize_qk, halves=K // HALF, group=HV // H)
-    bias, rate = _gate_parameters(gate, HV, K)
+    bias, rate = _gate_parameters(gate, B * HV, K)
     if gate is None:  # 16 bits like a raw logit, and what the kernel would round it to
         g = jnp.maximum((g.astype(f32) * LOG2E).astype(f16), f16(FORGET))
     arrays = [q, k, g, beta, bias, *([code.astype(f32)] if packed else [])]
@@ -426,7 +427,7 @@ def prepare(
             pl.when(index < total)(lambda: _load_inputs(place(index), source, target, arrived, options))
 
         def rate_of(index):  # a chunk ahead of its use, since it comes straight from device memory
-            return rates[lax.rem(jnp.minimum(index, total - 1), HV)]
+            return rates[place(jnp.minimum(index, total - 1))[-1]]
 
         def step(i, rate):
             index = first + i * stride
@@ -491,9 +492,9 @@ def _mine(scratch, team, packed: bool, K: int):
     return _Inputs(q, k, g, beta, bias, code if packed else None), _Work(*work), (gates_in.at[team], heads_in.at[team])
 
 
-def _gate_parameters(gate: Gate, HV: int, K: int):
-    """(bias in log2 units [HV, K], minus the slope [HV]), float32."""
+def _gate_parameters(gate: Gate, BH: int, K: int):
+    """(bias in log2 units [BH, K], minus the slope [BH]), float32."""
     if gate is None:
-        return jnp.zeros((HV, K), f32), jnp.zeros((HV,), f32)
-    slope = jnp.ones((HV,), f32) if gate.a_log is None else jnp.exp(gate.a_log.astype(f32))
-    return gate.dt_bias.astype(f32) * LOG2E, -slope
+        return jnp.zeros((BH, K), f32), jnp.zeros((BH,), f32)
+    slope = jnp.ones((BH,), f32) if gate.a_log is None else jnp.exp(gate.a_log.astype(f32)).reshape(BH)
+    return (gate.dt_bias.astype(f32) * LOG2E).reshape(BH, K), -slope

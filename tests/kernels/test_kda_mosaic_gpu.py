@@ -108,10 +108,10 @@ def test_the_states_and_errors_kept_for_the_backward_lower_for_cuda():
     inputs = make_inputs(case)
     code = mosaic_gpu.pad_code(inputs.segment_ids, 2, 100, 28)
     pad = functools.partial(jax.tree.map, lambda x: jnp.pad(x, ((0, 0), (0, 28), *((0, 0),) * (x.ndim - 2))))
-    options = mosaic_gpu.Options(0.1, True)
+    options, gate = mosaic_gpu.Options(0.1, True), mosaic_gpu.gate_of_rows(make_gate(case, inputs), 2)
 
     def call(arrays, state):
-        return mosaic_gpu.forward(options, *arrays, make_gate(case, inputs), state, code, keep=True)
+        return mosaic_gpu.forward(options, *arrays, gate, state, code, keep=True)
 
     lowered = jax.jit(call).trace(pad(inputs[:5]), inputs.initial_state).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
@@ -123,7 +123,8 @@ def _segmented(case, inputs, prepare, recur, segments):
     code = mosaic_gpu.pad_code(inputs.segment_ids, B, T, 0)
     steps = jnp.moveaxis(jnp.asarray(inputs.beta, jnp.float32), 2, 1).reshape(B * HV, T // 64, 64)
     steps = jnp.where(jnp.repeat(code, HV, 0) == prepare_mosaic_gpu.PADDING, 0.0, steps)
-    prepared = prepare(*inputs[:2], inputs.g, steps, code, make_gate(case, inputs), scale=0.1, normalize_qk=True)
+    gate = mosaic_gpu.gate_of_rows(make_gate(case, inputs), B)
+    prepared = prepare(*inputs[:2], inputs.g, steps, code, gate, scale=0.1, normalize_qk=True)
     first = inputs.initial_state.reshape(B * HV, V, -1)
     o, final, (entering, _) = recur(prepared, inputs.v, steps, code, first, keep=True, split=1, segments=segments)
     return o, final, entering
@@ -269,7 +270,7 @@ def test_the_interpreted_preparation_equals_its_mirror(settings, interpreted):
     code = np.zeros((1, 1, 64), np.int32)
     code[0, 0, 7], code[0, 0, 30:40] = prepare_mosaic_gpu.RESET, prepare_mosaic_gpu.PADDING
     beta = np.where(code == prepare_mosaic_gpu.PADDING, 0, 1 / (1 + np.exp(draw((2, 1, 64))))).astype(np.float32)
-    gate = gate and gate(jnp.asarray([0.5, 1.0]), jnp.asarray(draw((2, K)) - 2))
+    gate = gate and gate(jnp.asarray([[0.5, 1.0]]), jnp.asarray(draw((1, 2, K)) - 2))
     arguments = (q, k, g, jnp.asarray(beta), jnp.asarray(code) if packed else None, gate)
     got, want = (m.prepare(*arguments, scale=0.1, normalize_qk=True) for m in (prepare_mosaic_gpu, mirror))
     # Measured: 3e-5 or less, from exp2 and from sums in another order.

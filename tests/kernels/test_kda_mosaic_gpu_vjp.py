@@ -156,7 +156,7 @@ def test_the_interpreted_chunk_kernel_equals_its_mirror(K, interpreted, capfd, m
         dtype="float16", gate="softplus", lengths=(70, 1, 100, 64),
     )  # fmt: skip
     inputs = make_inputs(case)
-    gate = make_gate(case, inputs)
+    gate = mosaic_gpu.gate_of_rows(make_gate(case, inputs), 1)
     code = mosaic_gpu.pad_code(inputs.segment_ids, 1, 256, 0)
     options = on_cpu(0.1, True)
     first = (*inputs[:5], gate, inputs.initial_state, code)
