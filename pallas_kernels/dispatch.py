@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from pallas_kernels.partition import Axes, partition
+
 _logger = logging.getLogger(__name__)
 _told: set[tuple[str, str]] = set()  # operators and what they run instead of a kernel, said already
 
@@ -28,7 +30,15 @@ class Implementation:
     refuse: Callable[..., str | None] = _accept
 
 
-def call(op: str, implementations: Mapping[str, Implementation], name: str, /, *args: Any, **kwargs: Any) -> Any:
+def call(
+    op: str,
+    implementations: Mapping[str, Implementation],
+    name: str,
+    /,
+    *args: Any,
+    axes: Axes | None = None,
+    **kwargs: Any,
+) -> Any:
     """Runs `implementations[name]`; "auto" runs the first that accepts.
 
     Args:
@@ -36,6 +46,8 @@ def call(op: str, implementations: Mapping[str, Implementation], name: str, /, *
       implementations: fastest first.
       name: a key of `implementations`, or "auto". When that passes over a faster one on a GPU, a warning is logged,
         once per process.
+      axes: what the operator is independent in: on several devices each then runs its part, and the implementation is
+        chosen by the sizes of a part. None: XLA decides.
 
     Raises:
       ValueError: no implementation has that name.
@@ -43,6 +55,11 @@ def call(op: str, implementations: Mapping[str, Implementation], name: str, /, *
     """
     if name != "auto" and name not in implementations:
         raise ValueError(f"{op}: implementation={name!r} is unknown; choose auto, {', '.join(implementations)}")
+    run = functools.partial(_run_first, op, implementations, name)
+    return run(*args, **kwargs) if axes is None else partition(run, axes, args, kwargs)
+
+
+def _run_first(op: str, implementations: Mapping[str, Implementation], name: str, /, *args: Any, **kwargs: Any) -> Any:
     candidates = implementations if name == "auto" else {name: implementations[name]}
     refusals = []
     for candidate, implementation in candidates.items():

@@ -12,9 +12,9 @@ from kimi_jax.config.mixer import MlaMixer
 from kimi_jax.config.model import ModelConfig, MoeFfn
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
+from pallas_kernels.partition import BATCH_AXES
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # the rows of a batch are cut over these
 CHUNK = 64  # tokens that the recurrent operators take at a time
 
 

@@ -8,8 +8,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from kimi_jax.parallel.mesh import BATCH_AXES
 from kimi_jax.types import PyTree
+from pallas_kernels.partition import BATCH_AXES, HEAD_AXES
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
@@ -17,7 +17,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "embed": ("fsdp", "expert"),
     "vocab": ("tensor",),
-    "heads": ("tensor",),
+    "heads": HEAD_AXES,
     "ffn": ("tensor",),
 }
 """Names that are absent (head_dim, rank, latent, conv, layers) are not cut. Of an array whose dimensions want the same

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.gated_norm import mosaic_gpu, reference
+from pallas_kernels.partition import Axes
 
 __all__ = ["FEW_IMPLEMENTATIONS", "FEW_ROWS", "IMPLEMENTATIONS", "gated_rms_norm"]
 
@@ -17,6 +18,7 @@ IMPLEMENTATIONS = {
 # Few rows, as in decoding: XLA makes a single kernel of them.
 FEW_ROWS = 1024
 FEW_IMPLEMENTATIONS = {"reference": IMPLEMENTATIONS["reference"]}
+AXES = Axes(("B-H", "B-H", ""), "B-H")  # of [B, T, H, V]
 
 
 def gated_rms_norm(
@@ -51,6 +53,6 @@ def gated_rms_norm(
         )
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"gated_rms_norm: {activation=} must be one of {', '.join(reference.ACTIVATIONS)}")
-    settings = {"eps": eps, "activation": activation}
+    settings = {"eps": eps, "activation": activation, "axes": AXES if x.ndim == 4 else None}
     implementations = IMPLEMENTATIONS if math.prod(x.shape[:-1]) > FEW_ROWS else FEW_IMPLEMENTATIONS
     return call("gated_rms_norm", implementations, implementation, x, logits, weight, **settings)

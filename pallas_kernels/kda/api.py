@@ -7,6 +7,7 @@ from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.kda import chunked, mosaic_gpu, reference, step_mosaic_gpu
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
 from pallas_kernels.kda.states import by_blocks
+from pallas_kernels.partition import Axes
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -34,6 +35,12 @@ STEP_IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(step_mosaic_gpu.step_kda, step_mosaic_gpu.refuse),
     "reference": Implementation(reference.step_kda),
 }
+INPUTS = ("B-H",) * 5
+OPTIONAL = {"gate": "H", "initial_state": "BH", "segment_ids": "B"}
+AXES = Axes(INPUTS, ("B-H", "BH"), OPTIONAL)
+STATES_AXES = Axes(INPUTS, ("B-H", "BH", "B-H"), OPTIONAL)
+STEP_AXES = Axes((*INPUTS, "BH"), ("B-H", "BH"), {"gate": "H", "accepted": "B"})
+POOL_AXES = Axes((*("--H",) * 5, "-H"), ("--H", "-H"), {"gate": "H"})  # any row may belong to any sequence
 
 
 def chunk_kda(
@@ -91,6 +98,7 @@ def chunk_kda(
         segment_ids=segment_ids,
         normalize_qk=normalize_qk,
         tile=tile,
+        axes=AXES,
     )
 
 
@@ -139,6 +147,7 @@ def chunk_kda_with_states(
         segment_ids=segment_ids,
         normalize_qk=normalize_qk,
         tile=None,
+        axes=STATES_AXES,
     )
 
 
@@ -195,6 +204,7 @@ def step_kda(
         normalize_qk=normalize_qk,
         slots=slots,
         accepted=accepted,
+        axes=STEP_AXES if slots is None else POOL_AXES,
     )
     return o[:, 0] if one else o, state
 

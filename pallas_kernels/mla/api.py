@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.mla import cudnn, mosaic_gpu, xla
+from pallas_kernels.partition import Axes
 
 __all__ = ["ABSORBED_IMPLEMENTATIONS", "IMPLEMENTATIONS", "mla_absorbed_attention", "mla_attention"]
 
@@ -14,6 +15,9 @@ IMPLEMENTATIONS = {
     "xla": Implementation(xla.mla_attention),
 }
 ABSORBED_IMPLEMENTATIONS = {"xla": Implementation(xla.mla_absorbed_attention)}
+MASKS = {"segment_ids": "B", "key_segment_ids": "B"}
+AXES = Axes(("B-H", "B-H", "B-H", "B", "B-H"), ("B-H", "H^B"), MASKS)
+ABSORBED_AXES = Axes(("B-H", "B-H", "B", "B"), ("B-H", "H^B"), MASKS)
 
 
 def mla_attention(
@@ -64,7 +68,7 @@ def mla_attention(
     scale = (N + P) ** -0.5 if scale is None else scale
     masks = {"segment_ids": segment_ids, "key_segment_ids": key_segment_ids, "query_offset": query_offset}
     arrays = (q_nope, q_shared, k_nope, k_shared, v)
-    return call("mla_attention", IMPLEMENTATIONS, implementation, *arrays, scale=scale, **masks)
+    return call("mla_attention", IMPLEMENTATIONS, implementation, *arrays, axes=AXES, scale=scale, **masks)
 
 
 def mla_absorbed_attention(
@@ -94,7 +98,8 @@ def mla_absorbed_attention(
     key_segment_ids = _check("mla_absorbed_attention", expected, (B, T, S), segment_ids, key_segment_ids)
     masks = {"segment_ids": segment_ids, "key_segment_ids": key_segment_ids, "query_offset": query_offset}
     arrays = (q_latent, q_shared, latent, k_shared)
-    return call("mla_absorbed_attention", ABSORBED_IMPLEMENTATIONS, implementation, *arrays, scale=scale, **masks)
+    settings = {"scale": scale, "axes": ABSORBED_AXES, **masks}
+    return call("mla_absorbed_attention", ABSORBED_IMPLEMENTATIONS, implementation, *arrays, **settings)
 
 
 def _check(op, expected, sizes, segment_ids, key_segment_ids):

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.partition import Axes
 from pallas_kernels.short_conv import mosaic_gpu, reference, xla
 
 __all__ = ["IMPLEMENTATIONS", "STEP_IMPLEMENTATIONS", "short_conv"]
@@ -16,6 +17,7 @@ IMPLEMENTATIONS = {
 }
 # One token, as in decoding: XLA makes a single kernel of it.
 STEP_IMPLEMENTATIONS = {name: IMPLEMENTATIONS[name] for name in ("xla", "reference")}
+AXES = Axes(("B-H", "H"), ("B-H", "B-H"), {"cache": "B-H", "segment_ids": "B"})
 
 
 def short_conv(
@@ -48,7 +50,8 @@ def short_conv(
     """
     _check(x, weight, cache, segment_ids)
     implementations = IMPLEMENTATIONS if x.shape[1] > 1 else STEP_IMPLEMENTATIONS
-    return call("short_conv", implementations, implementation, x, weight, cache=cache, segment_ids=segment_ids)
+    optional = {"cache": cache, "segment_ids": segment_ids}
+    return call("short_conv", implementations, implementation, x, weight, axes=AXES, **optional)
 
 
 def _check(x, weight, cache, segment_ids) -> None:

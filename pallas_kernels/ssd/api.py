@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.partition import Axes
 from pallas_kernels.ssd import chunked, reference
 
 __all__ = ["IMPLEMENTATIONS", "chunk_ssd"]
@@ -12,6 +13,7 @@ IMPLEMENTATIONS = {  # fastest first
     "chunked": Implementation(chunked.chunk_ssd, chunked.refuse),
     "reference": Implementation(reference.chunk_ssd),
 }
+AXES = Axes(("B-H",) * 5, ("B-H", "BH"), {"initial_state": "BH", "segment_ids": "B"})
 
 
 def chunk_ssd(
@@ -55,7 +57,7 @@ def chunk_ssd(
     _check(q, k, v, g, beta, initial_state, segment_ids)
     settings = {"initial_state": initial_state, "segment_ids": segment_ids, "tile": tile}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return call("chunk_ssd", IMPLEMENTATIONS, implementation, q, k, v, g, beta, scale=scale, **settings)
+    return call("chunk_ssd", IMPLEMENTATIONS, implementation, q, k, v, g, beta, scale=scale, axes=AXES, **settings)
 
 
 def _check(q, k, v, g, beta, initial_state, segment_ids) -> None:

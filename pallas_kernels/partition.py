@@ -1,0 +1,100 @@
+"""How an operator runs on several devices: on each its own rows of the batch and its own heads, in one `shard_map`.
+
+XLA cannot cut a kernel: it would gather the operands and run the whole on every device. And what is written in plain
+JAX shall be cut in the same way, so that it moves the same data.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+BATCH_AXES = ("data", "fsdp", "expert")
+HEAD_AXES = ("tensor",)
+MESH_AXES = {"B": BATCH_AXES, "H": HEAD_AXES}
+"""Names of the mesh axes over which rows and heads are cut, where the mesh in use (`jax.set_mesh`) has them."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A label for each argument and result: one letter per dimension, trailing ones left out.
+
+    B is a row of the batch, H a head or a group of heads (query heads and value heads alike), - anything else. Behind
+    "^" stands what a result is the largest over: it is then one number for all rows.
+    """
+
+    arguments: tuple[str, ...]
+    results: str | tuple[str, ...]
+    keywords: Mapping[str, str] = field(default_factory=dict)
+    """Those left out are whole on every device."""
+
+
+def partition(run: Callable[..., Any], axes: Axes, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Returns run(*args, **kwargs), cut over the axes of the mesh in use that are not cut already.
+
+    An axis that does not divide the sizes of its letter leaves them whole, and its devices do the same work.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    if math.prod(mesh.shape[name] for name in free) == 1:
+        return run(*args, **kwargs)
+    leaves, structure = jax.tree.flatten((args, dict(kwargs)))
+    labels = _label_leaves(axes, args, kwargs)
+    arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
+    parts = _choose_parts(mesh, free, [(leaves[i].shape, labels[i]) for i in arrays])
+
+    def run_part(*local):
+        filled = list(leaves)
+        for i, x in zip(arrays, local, strict=True):
+            filled[i] = x
+        local_args, local_kwargs = jax.tree.unflatten(structure, filled)
+        results = run(*local_args, **local_kwargs)
+        if isinstance(axes.results, str):
+            return _combine(results, axes.results, parts)
+        return tuple(_combine(x, label, parts) for x, label in zip(results, axes.results, strict=True))
+
+    cut = jax.shard_map(
+        run_part,
+        in_specs=tuple(_spec(labels[i], parts) for i in arrays),
+        out_specs=jax.tree.map(lambda label: _spec(label.partition("^")[0], parts), axes.results),
+        axis_names=set(free),
+        check_vma=False,  # kernels do not say over which axes their results vary
+    )
+    return cut(*(leaves[i] for i in arrays))
+
+
+def _label_leaves(axes: Axes, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """In the order in which (args, kwargs) is flattened; the leaves of one argument share its label."""
+    pairs = [*zip(args, axes.arguments, strict=True), *((kwargs[k], axes.keywords.get(k, "")) for k in sorted(kwargs))]
+    return [label for value, label in pairs for _ in jax.tree.leaves(value)]
+
+
+def _choose_parts(
+    mesh: AbstractMesh, free: Sequence[str], arrays: Sequence[tuple[tuple[int, ...], str]]
+) -> dict[str, tuple[str, ...]]:
+    """Mesh axes of each letter: as many as divide all sizes that it labels."""
+    parts = {}
+    for letter, names in MESH_AXES.items():
+        sizes = [shape[label.index(letter)] for shape, label in arrays if letter in label]
+        divisible, taken, number = functools.reduce(math.gcd, sizes, 0), [], 1
+        for name in names:
+            if name in free and divisible % (number * mesh.shape[name]) == 0:
+                taken.append(name)
+                number *= mesh.shape[name]
+        parts[letter] = tuple(taken)
+    return parts
+
+
+def _spec(label: str, parts: Mapping[str, tuple[str, ...]]) -> P:
+    return P(*(parts.get(letter) or None for letter in label))
+
+
+def _combine(x: Any, label: str, parts: Mapping[str, tuple[str, ...]]) -> Any:
+    over = [name for letter in label.partition("^")[2] for name in parts[letter]]
+    return jax.lax.pmax(jax.lax.stop_gradient(x), over) if over else x
