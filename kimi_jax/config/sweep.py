@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,15 @@ class Until(Config):
     """In so many validations in a row."""
 
 
+class Together(Config):
+    """Runs that one process trains as one program: small models, which leave most of a GPU idle."""
+
+    over: Annotated[tuple[Literal["optim.peak_lr", "seeds"], ...], Field(min_length=1)]
+    """What the runs of a group differ in."""
+    until: Until | None = None
+    """Ends a group early; unset: never."""
+
+
 class SweepConfig(Config):
     """`runs` x `grid` x `zip` x `seeds`, in this order, without what `exclude` names."""
 
@@ -54,6 +63,8 @@ class SweepConfig(Config):
     """Combinations left out: each maps swept keys to a value, `runs` to the name of an arm; all must match."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
     """Each sets train.seed and data.shuffle_seed."""
+    together: Together | None = None
+    """Which runs share a process; unset: none."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if len({len(column) for column in self.zip.values()}) > 1:
@@ -69,6 +80,9 @@ class SweepConfig(Config):
                 yield "seeds", f"sets {key}, which another part of the sweep sets, too"
         if len(set(self.seeds)) < len(self.seeds):
             yield "seeds", f"{list(self.seeds)} names a seed twice"
+        for name in self.together.over if self.together else ():
+            if name not in {*self.grid, *self.zip, *(("seeds",) if self.seeds else ())}:
+                yield "together.over", f"{name!r} is not swept"
         yield from self._exclude_problems()
 
     def _exclude_problems(self) -> Iterator[tuple[str, str]]:

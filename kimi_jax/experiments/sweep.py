@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_jax.config.load import validate
-from kimi_jax.config.sweep import SEED_KEYS, Point, SweepConfig
+from kimi_jax.config.load import dump, validate
+from kimi_jax.config.sweep import SEED_KEYS, Point, SweepConfig, Until
 from kimi_jax.config.train import RunConfig
 from kimi_jax.config.yaml_files import read_config_file, read_mapping, with_value
 from kimi_jax.errors import UserError
-from kimi_jax.train.run_dir import RunDir, fixed_values
+from kimi_jax.train.run_dir import RunDir, fixed_values, write_whole
 
+LOGS = "sweep"  # folder beside the runs: each one's config and output
 HASH_DIGITS = 8
 MAX_NAME = 120  # characters; file systems end at 255, and checkpoint tools append to it
 
@@ -28,14 +29,53 @@ class Run:
     config: RunConfig
     arm: str | None
     swept: Mapping[str, Any]
+    group: str | None = None
+    """Name of the runs that it is trained together with."""
 
     def directory(self, runs_dir: Path) -> RunDir:
         return RunDir(runs_dir / self.name)
 
+    def directories(self, runs_dir: Path) -> list[RunDir]:
+        """Where its process writes."""
+        return [self.directory(runs_dir)]
+
     def is_finished(self, runs_dir: Path) -> bool:
-        """Whether the checkpoint of its last step, which is written last, or of a later one is there."""
-        checkpoints = self.directory(runs_dir).checkpoints.glob("[0-9]*")
-        return any(int(path.name) >= self.config.train.steps for path in checkpoints if path.name.isdecimal())
+        """Whether the checkpoint of its last step, which is written last, or of a later one is there, or the run was
+        ended early for good."""
+        directory = self.directory(runs_dir)
+        steps = (int(path.name) for path in directory.checkpoints.glob("[0-9]*") if path.name.isdecimal())
+        return directory.ended.exists() or any(step >= self.config.train.steps for step in steps)
+
+    def prepare(self, runs_dir: Path, train: Sequence[str]) -> list[str]:
+        """Writes its config; returns the command that trains it, `train` being that of scripts/train.py."""
+        config = runs_dir / LOGS / f"{self.name}.yaml"
+        write_whole(config, dump(self.config))
+        return [*train, str(config), "--run-dir", str(self.directory(runs_dir).path)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of a sweep that one process trains together."""
+
+    name: str
+    runs: tuple[Run, ...]
+    sweep: Path
+    until: Until | None
+
+    def directories(self, runs_dir: Path) -> list[RunDir]:
+        return [run.directory(runs_dir) for run in self.runs]
+
+    def unfinished(self, runs_dir: Path) -> list[Run]:
+        return [run for run in self.runs if not run.is_finished(runs_dir)]
+
+    def is_finished(self, runs_dir: Path) -> bool:
+        return not self.unfinished(runs_dir)
+
+    def prepare(self, runs_dir: Path, train: Sequence[str]) -> list[str]:
+        """The command that trains it: scripts/train_together.py instead of scripts/train.py."""
+        *python, script = train
+        together = str(Path(script).with_name("train_together.py"))
+        return [*python, together, str(self.sweep), "--runs-dir", str(runs_dir), "--group", self.name]
 
 
 def load_sweep(path: Path) -> list[Run]:
@@ -46,15 +86,26 @@ def load_sweep(path: Path) -> list[Run]:
         have the same config or the same name.
     """
     sweep = validate(read_mapping(path), SweepConfig, source=str(path))
-    points = list(sweep.points())
-    names = [_name(point, _short_keys(sweep)) for point in points]
+    points, short = list(sweep.points()), _short_keys(sweep)
+    names = [_name(point, short) for point in points]
     configs = _build_configs(read_config_file(path.parent / sweep.base), list(zip(names, points, strict=True)), path)
     runs = [
-        Run(f"{name}-{digest(config)}", config, point.arm, point.swept)
+        Run(f"{name}-{digest(config)}", config, point.arm, point.swept, _group_name(sweep, point, short))
         for name, config, point in zip(names, configs, points, strict=True)
     ]
     _check_distinct(runs, path)
     return runs
+
+
+def group_runs(path: Path, runs: Sequence[Run]) -> list[Run | Group]:
+    """Puts those of the runs of a sweep file together that share a process, each group in the place of its first."""
+    together = validate(read_mapping(path), SweepConfig, source=str(path)).together
+    if together is None:
+        return list(runs)
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(run.group, []).append(run)
+    return [Group(name, tuple(found), path, together.until) for name, found in members.items()]
 
 
 def digest(config: RunConfig) -> str:
@@ -112,6 +163,15 @@ def _name(point: Point, short: Mapping[str, str]) -> str:
     parts += [f"{short[key]}={_brief(value)}" for key, value in point.swept.items() if key in short]
     parts += [f"seed={point.swept[SEED_KEYS[0]]}"] if SEED_KEYS[0] in point.swept.keys() - short.keys() else []
     return re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(parts) or "run")[:MAX_NAME]
+
+
+def _group_name(sweep: SweepConfig, point: Point, short: Mapping[str, str]) -> str | None:
+    """The name of a run without what the runs of its group differ in."""
+    if sweep.together is None:
+        return None
+    over = {*sweep.together.over, *(SEED_KEYS if "seeds" in sweep.together.over else ())}
+    rest = {key: value for key, value in point.swept.items() if key not in over}
+    return _name(Point(point.arm, rest, {}), short)
 
 
 def _brief(value: Any) -> str:
