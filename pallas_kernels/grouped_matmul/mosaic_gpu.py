@@ -12,12 +12,12 @@ from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, pla
 from pallas_kernels.hopper import refuse_device
 
 DTYPES = (jnp.bfloat16, jnp.float16)
-COLUMNS = 128  # D and F must be multiples of it
+COLUMNS = 16  # D and F must be multiples of it: of 32 bytes, the narrowest layout of the matrix unit
 CONFIG = TileConfig()
 
 
 def refuse(x, w, *rest) -> str | None:
-    """Refuses all but Hopper GPUs, 16-bit rows and matrices of whole tiles; arguments as of the functions below."""
+    """Refuses all but Hopper GPUs, 16-bit rows and widths that a layout divides; arguments as of the functions."""
     return refuse_device() or unserved(x, w)
 
 

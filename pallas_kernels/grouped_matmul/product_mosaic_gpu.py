@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
     swizzled,
 )
 from pallas_kernels.grouped_matmul.store_mosaic_gpu import OwnRows, staging
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, choose_swizzle, choose_width
 
 
 class Tile(NamedTuple):
@@ -44,13 +44,13 @@ def multiply_rows(
     Args:
       plan: see `plan_tiles`.
       pairs: x and w, [E, K, N] or, if `transposed`, [E, N, K]; all of one shape and 16-bit dtype; K and N multiples
-        of 64.
+        of 16. Columns beyond N and K are zeros in shared memory, and dropped on the way out.
     """
     (x, w), depth, stages = pairs[0], config.depth, config.stages
     num_rows, K = x.shape
     N = w.shape[1] if transposed else w.shape[2]
-    width = tile_width(N, config.columns)
-    steps = K // depth
+    width, swizzle = tile_width(N, config.columns), choose_swizzle(x.dtype, K, N)
+    steps, across = -(-K // depth), -(-N // width)
 
     def kernel(tiles, count, *refs):
         operands, (y, left, right, staged, full, empty) = refs[: 2 * len(pairs)], refs[2 * len(pairs) :]
@@ -73,14 +73,14 @@ def multiply_rows(
         def finish(tile, values, take):
             OwnRows(tile, staged).store([(values[0].astype(y.dtype), y, tile.column * width)])
 
-        describe = describe_tiles(tiles, w.shape[0], N // width, steps * len(pairs))
+        describe = describe_tiles(tiles, w.shape[0], across, steps * len(pairs))
         work = Work(describe, load, multiply, finish)
-        run_tiles(work, count[0] * (N // width), [(HEIGHT, width)], full, empty)
+        run_tiles(work, count[0] * across, [(HEIGHT, width)], full, empty)
 
     scratch = [
-        swizzled(stages, ROWS, depth, dtype=x.dtype),
-        swizzled(stages, *((width, depth) if transposed else (depth, width)), dtype=x.dtype),
-        staging(x.dtype, config),
+        swizzled(stages, ROWS, depth, dtype=x.dtype, swizzle=swizzle),
+        swizzled(stages, *((width, depth) if transposed else (depth, width)), dtype=x.dtype, swizzle=swizzle),
+        staging(x.dtype, config, N),
         *barriers(stages, 2),
     ]
     run = launch(kernel, jax.ShapeDtypeStruct((num_rows, N), x.dtype), scratch)
@@ -88,8 +88,8 @@ def multiply_rows(
 
 
 def tile_width(columns: int, widest: int) -> int:
-    """The widest tile that divides the columns."""
-    return max(width for width in (64, 128, 192, 256) if width <= widest and columns % width == 0)
+    """Whole steps of the product behind it, and at least as many columns as a tile has rows."""
+    return choose_width(columns, tuple(width for width in (128, 192, 256) if width <= widest))
 
 
 def describe_tiles(tiles, num_groups: int, across: int, steps: int):

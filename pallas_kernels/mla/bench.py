@@ -70,6 +70,7 @@ CASES = {
         Case("B4-T4096-H16-packed1024", 4, 4096, 16, 1024),
         Case("B8-T4096-H8", 8, 4096, 8),
         Case("B4-T4096-H16-K128-V128", 4, 4096, 16, shared=0),
+        Case("B4-T4096-H16-K192-V192", 4, 4096, 16, nope=192, shared=0, value=192),
     )
 }
 IMPLEMENTATIONS = tuple(api.IMPLEMENTATIONS)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import mosaic_gpu, pipeline_mosaic_gpu
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, plan_tiles
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, choose_swizzle, choose_width, plan_tiles
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Largest error over the largest magnitude of the float64 loop; measured 5.7e-7, 7.3e-3 (8.0e-3 by the kernels on an
@@ -124,13 +124,20 @@ def test_wrong_arguments_are_named():
 
 
 def test_the_kernels_say_what_they_do_not_serve():
-    x, w = jnp.zeros((8, 128), jnp.bfloat16), jnp.zeros((2, 128, 192), jnp.bfloat16)
-    assert "D=128 and F=192 must be multiples of 128" in mosaic_gpu.unserved(x, w)
+    x, w = jnp.zeros((8, 128), jnp.bfloat16), jnp.zeros((2, 128, 200), jnp.bfloat16)
+    assert "D=128 and F=200 must be multiples of 16" in mosaic_gpu.unserved(x, w)
     assert "got float32" in mosaic_gpu.unserved(x.astype(jnp.float32), w)
-    assert mosaic_gpu.unserved(x, w[..., :128]) is None
+    assert mosaic_gpu.unserved(x, w[..., :192]) is None
     if jax.default_backend() == "cpu":
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
             grouped_matmul(x, w, jnp.zeros(2, jnp.int32), implementation="mosaic_gpu")
+
+
+def test_tiles_cover_the_columns_with_little_waste():
+    widths = [choose_width(columns, (128, 192, 256)) for columns in (128, 384, 928, 1024, 1216)]
+    assert widths == [128, 192, 192, 256, 256]
+    swizzles = [choose_swizzle("bfloat16", *widths) for widths in ((1024, 512), (1216, 928), (1776, 1024))]
+    assert swizzles == [128, 64, 32]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -164,22 +171,25 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("op", "case"),
+    ("op", "case", "inner", "outer"),
     [
-        ("matmul", "empty_groups"),
-        ("swiglu", "rows_left_over"),
-        pytest.param("matmul", "one_takes_all", marks=pytest.mark.slow),
-        pytest.param("swiglu", "empty_groups", marks=pytest.mark.slow),
-        pytest.param("swiglu", "all_empty", marks=pytest.mark.slow),
+        ("matmul", "empty_groups", 128, 256),
+        ("swiglu", "rows_left_over", 96, 160),  # the last tiles and the last step reach beyond the arrays
+        pytest.param("matmul", "rows_left_over", 208, 96, marks=pytest.mark.slow),
+        pytest.param("matmul", "one_takes_all", 128, 256, marks=pytest.mark.slow),
+        pytest.param("swiglu", "rows_left_over", 128, 256, marks=pytest.mark.slow),
+        pytest.param("swiglu", "empty_groups", 128, 256, marks=pytest.mark.slow),
+        pytest.param("swiglu", "all_empty", 128, 256, marks=pytest.mark.slow),
     ],
 )
-def test_the_kernels_in_the_interpreter(op, case, interpreted):
+def test_the_kernels_in_the_interpreter(op, case, inner, outer, interpreted):
     run = getattr(mosaic_gpu, f"grouped_{op}")
-    check(op, run, SIZES[case], "bfloat16", "float32", call=value_and_gradients.__wrapped__, inner=128, outer=256)
+    check(op, run, SIZES[case], "bfloat16", "float32", call=value_and_gradients.__wrapped__, inner=inner, outer=outer)
 
 
 LOWERED = [  # groups, D, F, dtypes of rows and matrices
     (256, 2304, 1024, "bfloat16", "float32"),  # the 48B model
+    pytest.param((64, 1216, 928, "bfloat16", "bfloat16"), marks=pytest.mark.slow),
     pytest.param((64, 1024, 512, "float16", "float16"), marks=pytest.mark.slow),
     pytest.param((8, 384, 384, "bfloat16", "bfloat16"), marks=pytest.mark.slow),  # tiles of 192 and 128 columns
 ]
@@ -204,11 +214,20 @@ def test_the_kernels_on_the_card(op, dtypes):
     cases = [rng.multinomial(rows - spare, rng.dirichlet(np.full(num_groups, 0.5))) for spare in (0, 0, 0, 1, 300)]
     cases += [np.eye(num_groups, dtype=int)[4] * rows, np.zeros(num_groups, int), np.arange(num_groups)]
     for sizes in cases:
-        results = [
-            check(op, named(op, "mosaic_gpu"), tuple(sizes), *dtypes, rows=rows, inner=256, outer=384) for _ in range(2)
-        ]
+        shape = {"rows": rows, "inner": 256, "outer": 384}
+        results = [check(op, named(op, "mosaic_gpu"), tuple(sizes), *dtypes, **shape) for _ in range(2)]
         for a, b in zip(*results, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [(1216, 928), (64, 352), (208, 1024)], ids=str)  # 64-byte layouts, and 32-byte ones
+@pytest.mark.parametrize("op", OPERATORS)
+def test_widths_that_tiles_do_not_divide_on_the_card(op, widths):
+    sizes = tuple(np.random.default_rng(1).multinomial(1000, np.random.default_rng(2).dirichlet(np.full(7, 0.5))))
+    shape = {"rows": 1024, "inner": widths[0], "outer": widths[1]}
+    for weight_dtype in ("float32", "bfloat16"):
+        check(op, named(op, "mosaic_gpu"), sizes, "bfloat16", weight_dtype, **shape)
 
 
 @pytest.mark.gpu
