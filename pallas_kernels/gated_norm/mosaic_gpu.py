@@ -11,6 +11,7 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.batching import by_rows
 from pallas_kernels.hopper import refuse_device
 
 f32 = jnp.float32
@@ -48,15 +49,20 @@ def gated_rms_norm(
 ) -> Float[Array, "*B V"]:
     """See `pallas_kernels.gated_norm.api.gated_rms_norm`."""
     V = x.shape[-1]
-    y = _core(float(eps), activation, x.reshape(-1, V), logits.reshape(-1, V), weight.astype(f32))
-    return y.reshape(x.shape)
+    model = (a.reshape(1, -1, V) for a in (x, logits))  # of one model, whose gain all rows share
+    return _core(float(eps), activation, *model, weight.astype(f32)[None]).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _core(eps: float, activation: str, x, logits, weight):
-    R, V = x.shape
+def _core(eps: float, activation: str, x: Float[Array, "M R V"], logits, weight: Float[Array, "M V"]):
+    return by_rows(functools.partial(_run, eps, activation))(x, logits, weight)
+
+
+def _run(eps: float, activation: str, x, logits, weight):
+    M, R, V = x.shape
 
     def kernel(x, logits, weight, y):
+        x, logits, weight, y = _of_model(x, logits, weight, y)
         gain = plgpu.load(weight, layout=CHANNELS, optimized=False)
         at = [pl.ds((lax.axis_index("block") * TILES + i) * ROWS, ROWS) for i in range(TILES)]
         loaded = [[_load(ref.at[rows]) for ref in (x, logits)] for rows in at]
@@ -64,7 +70,8 @@ def _core(eps: float, activation: str, x, logits, weight):
             gate, _ = _activate(activation, z)
             y.at[rows][...] = (wide * _by_row(_root(wide, eps), V) * _by_channel(gain) * gate).astype(y.dtype)
 
-    return _launch(kernel, jax.ShapeDtypeStruct((R, V), logits.dtype), R // (ROWS * TILES))(x, logits, weight)
+    launch = _launch(kernel, jax.ShapeDtypeStruct(x.shape, logits.dtype), (M, R // (ROWS * TILES)))
+    return launch(x, logits, weight)
 
 
 def _core_forward(eps, activation, x, logits, weight):
@@ -72,12 +79,16 @@ def _core_forward(eps, activation, x, logits, weight):
 
 
 def _core_backward(eps, activation, saved, dy):
-    x, logits, weight = saved
-    R, V = x.shape
+    return by_rows(functools.partial(_run_backward, eps, activation))(*saved, dy)
+
+
+def _run_backward(eps, activation, x, logits, weight, dy):
+    M, R, V = x.shape
     groups = R // (ROWS * TILES)
     blocks = pl.cdiv(groups, ROUNDS)
 
-    def kernel(x, logits, weight, dy, dx, d_logits, d_weight):
+    def kernel(*refs):
+        x, logits, weight, dy, dx, d_logits, d_weight = _of_model(*refs)
         gain = plgpu.load(weight, layout=CHANNELS, optimized=False)
         block = lax.axis_index("block")
 
@@ -100,20 +111,24 @@ def _core_backward(eps, activation, saved, dy):
         d_weight.at[block][...] = lax.fori_loop(0, jnp.minimum(ROUNDS, groups - block * ROUNDS), group, zero)
 
     struct = jax.ShapeDtypeStruct
-    outs = [struct((R, V), x.dtype), struct((R, V), logits.dtype), struct((blocks, ROWS, V), f32)]
-    dx, d_logits, d_weight = _launch(kernel, outs, blocks)(x, logits, weight, dy)
-    return dx, d_logits, jnp.sum(d_weight, axis=(0, 1))
+    outs = [struct(x.shape, x.dtype), struct(x.shape, logits.dtype), struct((M, blocks, ROWS, V), f32)]
+    dx, d_logits, d_weight = _launch(kernel, outs, (M, blocks))(x, logits, weight, dy)
+    return dx, d_logits, jnp.sum(d_weight, axis=(1, 2))
 
 
 _core.defvjp(_core_forward, _core_backward)
 
 
-def _launch(kernel, out_type, blocks: int):
+def _of_model(*refs):
+    return [ref.at[lax.axis_index("model")] for ref in refs]
+
+
+def _launch(kernel, out_type, grid: tuple[int, int]):
     return plgpu.kernel(
         kernel,
         out_type=out_type,
-        grid=(blocks,),
-        grid_names=("block",),
+        grid=grid,
+        grid_names=("model", "block"),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )
 

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.batching import by_rows
 from pallas_kernels.hopper import refuse_device
 from pallas_kernels.segments import segment_starts
 from pallas_kernels.short_conv import xla
@@ -56,7 +57,8 @@ def short_conv(
     order = reach = None
     if segment_ids is not None:
         order, reach = compact(segment_ids, W)
-    y = convolve(x, weight.astype(f32).T, history, order, reach)
+    taps = jnp.broadcast_to(weight.astype(f32).T, (x.shape[0], W, x.shape[2]))  # per row: several models have several
+    y = convolve(x, taps, history, order, reach)
     return y, last_inputs(x, history, order, reach, W)
 
 
@@ -98,13 +100,17 @@ def last_inputs(x, history, order, reach, W: int) -> Float[Array, "B W-1 D"]:
 @jax.custom_vjp
 def convolve(
     x: Float[Array, "B T D"],
-    taps: Float[Array, "W D"],
+    taps: Float[Array, "B W D"],
     history: Float[Array, "B W-1 D"] | None,
     order: Int[Array, "B T"] | None,
     reach: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T D"]:
     """silu of the convolution, zero at padding; `order`, `reach` as from `compact`, None: no padding, one document."""
-    (_, T, D), W = x.shape, taps.shape[0]
+    return by_rows(_convolve)(x, taps, history, order, reach)
+
+
+def _convolve(x, taps, history, order, reach):
+    (_, T, D), W = x.shape, taps.shape[1]
     vector = _widest(VECTORS, D)
     carried, packed = history is not None, order is not None
 
@@ -113,7 +119,7 @@ def convolve(
         history = refs[0] if carried else None
         order, reach = refs[-2:] if packed else (None, None)
         b, first, channels, load = _place(vector)
-        weights = [load(taps.at[d, channels]) for d in range(W)]
+        weights = [load(taps.at[b, d, channels]) for d in range(W)]
 
         def before(d):  # the input d places before the block
             place = first - d
@@ -147,16 +153,18 @@ def _convolve_forward(x, taps, history, order, reach):
 def _convolve_backward(saved, dy):
     x, taps, history, order, reach = saved
     if history is not None:  # nobody trains through a cache: plain JAX
-        weight = taps.T
         ids = None if order is None else _ids(order, reach)
-        plain = lambda *a: xla.short_conv(a[0], a[1], cache=a[2], segment_ids=ids)[0]
-        dx, d_weight, d_history = jax.vjp(plain, x, weight, history)[1](dy)
-        return dx, d_weight.T, d_history, None, None
+        return *jax.vjp(functools.partial(jax.vmap(_plain_row), ids), x, taps, history)[1](dy), None, None
     dx, d_taps = gradients(x, taps, dy, order, reach)
     return dx, d_taps, None, None, None
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _plain_row(ids, x, taps, history):
+    x, history, ids = jax.tree.map(lambda a: a[None], (x, history, ids))
+    return xla.short_conv(x, taps.T, cache=history, segment_ids=ids)[0][0]
 
 
 def _ids(order, reach):
@@ -166,16 +174,20 @@ def _ids(order, reach):
     return jnp.zeros_like(ids).at[lax.broadcasted_iota(i32, ids.shape, 0), order].set(ids, unique_indices=True)
 
 
-def gradients(x, taps, dy, order, reach) -> tuple[Float[Array, "B T D"], Float[Array, "W D"]]:
+def gradients(x, taps, dy, order, reach) -> tuple[Float[Array, "B T D"], Float[Array, "B W D"]]:
     """(dx, d taps) of `convolve` without a history."""
-    (B, T, D), W = x.shape, taps.shape[0]
+    return by_rows(_gradients)(x, taps, dy, order, reach)
+
+
+def _gradients(x, taps, dy, order, reach):
+    (B, T, D), W = x.shape, taps.shape[1]
     vector, packed = _widest(GRADIENT_VECTORS, D), order is not None
 
     def kernel(x, taps, dy, *refs):
         *refs, dx, d_taps = refs
         order, reach = refs if packed else (None, None)
         b, first, channels, load = _place(vector)
-        weights = [load(taps.at[d, channels]) for d in range(W)]
+        weights = [load(taps.at[b, d, channels]) for d in range(W)]
         end = jnp.minimum(first + TOKENS, T)
 
         def locate(place):
@@ -231,7 +243,7 @@ def gradients(x, taps, dy, order, reach) -> tuple[Float[Array, "B T D"], Float[A
 
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((B, pl.cdiv(T, TOKENS), W, D), f32)]
     dx, d_taps = _launch(kernel, outs, x.shape, vector)(x, taps, dy, *([order, reach] if packed else []))
-    return dx, jnp.sum(d_taps, axis=(0, 1))
+    return dx, jnp.sum(d_taps, axis=1)
 
 
 def _widest(vectors: tuple[int, ...], D: int) -> int:
