@@ -213,4 +213,5 @@ def _router_balance(load_LE: Float[Array, "L E"] | None) -> Metrics:
 
 def _rms(tree: PyTree) -> Float[Array, ""]:
     leaves = jax.tree.leaves(tree)
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in leaves) / sum(x.size for x in leaves))
+    number = float(sum(x.size for x in leaves))  # as an integer it would not fit into 32 bits
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in leaves) / number)
