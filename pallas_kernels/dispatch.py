@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pallas_kernels.hopper import refuse_other_backends
 from pallas_kernels.partition import Axes, partition
 
 _logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def _run_first(op: str, implementations: Mapping[str, Implementation], name: str
 
 def _tell_once(op: str, chosen: str, refusals: list[str]) -> None:
     """Logs what a GPU runs in place of its kernels; other devices have none."""
-    if jax.default_backend() == "gpu" and (op, chosen) not in _told:
+    if not refuse_other_backends() and (op, chosen) not in _told:
         _told.add((op, chosen))
         _logger.warning("%s runs %s, which is slower: %s", op, chosen, "; ".join(refusals))
 
@@ -82,7 +83,7 @@ def _tell_once(op: str, chosen: str, refusals: list[str]) -> None:
 def _run_once_traced(op: str, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """Inside a program for a GPU, equal calls share one trace and one lowering: those of a kernel take seconds."""
     leaves, structure = jax.tree.flatten((args, kwargs))
-    if jax.default_backend() != "gpu" or not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if refuse_other_backends() or not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return run(*args, **kwargs)
     arrays = [leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray))]
     fixed = tuple(_ARRAY if isinstance(leaf, (jax.Array, np.ndarray)) else leaf for leaf in leaves)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.hopper import find_capability
 from pallas_kernels.mla import xla
 from pallas_kernels.mla.self_attention import join_keys, join_queries, refuse_others
 
@@ -19,7 +20,7 @@ def refuse(q_nope, q_shared, k_nope, k_shared, v, *, scale, segment_ids, **masks
     refusal = refuse_others(q_nope, q_shared, k_nope, k_shared, v, segment_ids=segment_ids, **masks)
     if refusal:
         return refusal
-    capability = jax.devices()[0].compute_capability
+    capability = find_capability()
     if float(capability) < CAPABILITY:
         return f"needs compute capability {CAPABILITY}.0, this GPU has {capability}"
     B, T, _, N = q_nope.shape

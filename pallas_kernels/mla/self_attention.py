@@ -1,17 +1,16 @@
 """What the fast implementations serve: queries and keys of the same tokens, with the parts of a key side by side."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from pallas_kernels.hopper import refuse_other_backends
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def refuse_others(q_nope, q_shared, k_nope, k_shared, v, *, segment_ids, key_segment_ids, query_offset) -> str | None:
     """Refuses all but 16-bit self-attention on an NVIDIA GPU."""
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, the default backend is {jax.default_backend()}"
-    return refuse_arguments(
+    return refuse_other_backends() or refuse_arguments(
         *(q_nope, q_shared, k_nope, k_shared, v),
         **dict(segment_ids=segment_ids, key_segment_ids=key_segment_ids, query_offset=query_offset),
     )
