@@ -24,20 +24,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--at-once", type=positive, metavar="N", help="processes at a time (default: one per GPU, else 1)"
     )
-    parser.add_argument("--only", metavar="TEXT", help="only runs whose name contains TEXT")
+    parser.add_argument("--only", metavar="TEXT", help="only runs whose name contains TEXT, with their groups")
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
     from kimi_jax.experiments import launch, plan_sweep  # after --help: these import jax
-    from kimi_jax.experiments.sweep import load_sweep
+    from kimi_jax.experiments.sweep import group_runs, load_sweep
     from kimi_jax.train.signals import catch_stop_signals
 
     runs_dir = arguments.runs_dir or Path("runs") / arguments.sweep.resolve().parent.name / arguments.sweep.stem
     if runs_dir.exists() and not runs_dir.is_dir():
         raise UserError(f"--runs-dir {runs_dir}: is a file")
-    runs = [run for run in load_sweep(arguments.sweep) if not arguments.only or arguments.only in run.name]
+    units = group_runs(arguments.sweep, load_sweep(arguments.sweep))
+    units = [unit for unit in units if not arguments.only or any(arguments.only in run.name for run in unit.runs)]
+    runs = [run for unit in units for run in unit.runs]
     if not runs:
         raise UserError(f"--only={arguments.only!r}: no run of {arguments.sweep} has it in its name")
     train = (sys.executable, str(Path(__file__).resolve().with_name("train.py")))
@@ -45,7 +47,7 @@ def main() -> int:
     at_once = arguments.at_once or len(gpus) or 1
     console = Console()
     if arguments.launcher == "print" and not arguments.dry_run:
-        print(plan_sweep.batch_script(runs, runs_dir, train))
+        print(plan_sweep.batch_script(units, runs_dir, train))
         return 0
     console.print(plan_sweep.plan_table(plan_sweep.plan(runs, runs_dir), runs_dir, at_once=at_once))
     if arguments.dry_run:
@@ -56,8 +58,8 @@ def main() -> int:
         console.print(f"[{style}]{outcome.state}[/{style}]{seconds}: {escape(outcome.run.name)}", soft_wrap=True)
 
     with catch_stop_signals() as stop:
-        outcomes = launch.Local(runs_dir, train, at_once, gpus).launch(runs, stop, report)
-    return summarize(outcomes, len(runs), console, stop.exit_code)
+        outcomes = launch.Local(runs_dir, train, at_once, gpus).launch(units, stop, report)
+    return summarize(outcomes, len(units), console, stop.exit_code)
 
 
 def summarize(outcomes: list, num_runs: int, console: Console, stop_code: int) -> int:

@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kimi_jax.config.load import dump
-from kimi_jax.experiments.sweep import Run
-from kimi_jax.train.run_dir import IN_USE, write_whole
+from kimi_jax.experiments.sweep import LOGS, Group, Run
+from kimi_jax.train.run_dir import IN_USE
 from kimi_jax.train.signals import StopRequest
 
 type State = Literal["finished before", "finished", "failed", "stopped"]
 type Report = Callable[["Outcome"], None]
+type Unit = Run | Group
+"""What one process trains."""
 
-LOGS = "sweep"  # folder beside the runs: each one's config and output
 POLL_S = 0.2
 BUSY_S = 5.0  # before a run that another process holds is looked at again
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended."""
+    """How one process ended."""
 
-    run: Run
+    run: Unit
     state: State
     seconds: float = 0.0
     cause: str = ""
@@ -38,7 +38,7 @@ class Outcome:
 
 @dataclass
 class _Process:
-    run: Run
+    run: Unit
     handle: subprocess.Popen
     device: str | None
     started: float
@@ -62,11 +62,11 @@ class Local:
     devices: Sequence[str] = ()
     """GPU numbers; each process sees one of them. Empty: none is chosen."""
 
-    def launch(self, runs: Sequence[Run], stop: StopRequest, report: Report) -> list[Outcome]:
+    def launch(self, runs: Sequence[Unit], stop: StopRequest, report: Report) -> list[Outcome]:
         """Runs what is not finished, in order, and reports each run once.
 
         Args:
-          runs: the members of the sweep.
+          runs: the members of the sweep, alone or in groups.
           stop: true once a signal asks for an end: running processes are then told to stop and to save.
           report: called with each outcome as it comes.
 
@@ -79,7 +79,7 @@ class Local:
             outcomes.append(outcome)
             report(outcome)
 
-        waiting: deque[tuple[float, Run]] = deque((0.0, run) for run in runs)
+        waiting: deque[tuple[float, Unit]] = deque((0.0, run) for run in runs)
         running: list[_Process] = []
         with _stopped_at_exit(running):
             while waiting or running:
@@ -93,14 +93,14 @@ class Local:
                     time.sleep(POLL_S)
         return outcomes
 
-    def _start_next(self, waiting: deque[tuple[float, Run]], running: list[_Process], note: Report) -> bool:
+    def _start_next(self, waiting: deque[tuple[float, Unit]], running: list[_Process], note: Report) -> bool:
         """Starts, or passes over, the first waiting run that is due; false if there is nothing to do now."""
         if not waiting or len(running) >= self.at_once or waiting[0][0] > time.monotonic():
             return False
         _, run = waiting.popleft()
         if run.is_finished(self.runs_dir):
             note(Outcome(run, "finished before"))
-        elif _is_held(run.directory(self.runs_dir).path):
+        elif _is_held(run, self.runs_dir):
             waiting.append((time.monotonic() + BUSY_S, run))
         else:
             running.append(self._start(run, self._free_device(running)))
@@ -110,11 +110,11 @@ class Local:
         uses = {device: sum(p.device == device for p in running) for device in self.devices}
         return min(uses, key=lambda device: uses[device]) if uses else None
 
-    def _start(self, run: Run, device: str | None) -> _Process:
-        config, log = (self.runs_dir / LOGS / f"{run.name}{ending}" for ending in (".yaml", ".log"))
-        write_whole(config, dump(run.config))
+    def _start(self, run: Unit, device: str | None) -> _Process:
+        log = self.runs_dir / LOGS / f"{run.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **self._environment(device)}
-        command = [*self.train, str(config), "--run-dir", str(run.directory(self.runs_dir).path)]
+        command = run.prepare(self.runs_dir, self.train)
         with log.open("ab") as output:  # another launcher's process may be writing, too
             log_start = output.tell()
             handle = subprocess.Popen(
@@ -130,22 +130,26 @@ class Local:
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / share:.3f}"} if share > 1 else {}
         return {"CUDA_VISIBLE_DEVICES": device, **memory}
 
-    def _settle(self, process: _Process, stop: StopRequest, note: Report, waiting: deque[tuple[float, Run]]) -> None:
+    def _settle(self, process: _Process, stop: StopRequest, note: Report, waiting: deque[tuple[float, Unit]]) -> None:
         run, seconds = process.run, time.monotonic() - process.started
         if run.is_finished(self.runs_dir):
             note(Outcome(run, "finished", seconds))
         elif stop:
             note(Outcome(run, "stopped", seconds))
-        elif (cause := _cause(process)).endswith(IN_USE) or _is_held(run.directory(self.runs_dir).path):
+        elif (cause := _cause(process)).endswith(IN_USE) or _is_held(run, self.runs_dir):
             waiting.append((time.monotonic() + BUSY_S, run))  # another launcher was quicker, or looked just then
         else:
             note(Outcome(run, "failed", seconds, cause))
 
 
-def _is_held(directory: Path) -> bool:
-    """Whether a process trains in the directory."""
+def _is_held(run: Unit, runs_dir: Path) -> bool:
+    """Whether a process trains in a directory of it."""
+    return any(_is_locked(directory.path / ".lock") for directory in run.directories(runs_dir))
+
+
+def _is_locked(path: Path) -> bool:
     try:
-        with (directory / ".lock").open("r+") as lock:
+        with path.open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

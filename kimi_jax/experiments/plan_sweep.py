@@ -9,12 +9,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from kimi_jax.config.load import dump
-from kimi_jax.experiments.launch import LOGS
+from kimi_jax.experiments.launch import Unit
 from kimi_jax.experiments.sweep import Run
 from kimi_jax.models.counts import count_flops, count_parameters
 from kimi_jax.train.metrics import read_metrics
-from kimi_jax.train.run_dir import write_whole
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
-def batch_script(runs: Sequence[Run], runs_dir: Path, train: Sequence[str]) -> str:
-    """Writes the configs of unfinished runs; returns an sbatch script with one array task for each.
+def batch_script(runs: Sequence[Unit], runs_dir: Path, train: Sequence[str]) -> str:
+    """Writes the configs of unfinished runs; returns an sbatch script with one array task for each, or each group.
 
     A task that is started again goes on from its checkpoint. `B:` has the signal sent to the batch process itself,
     which `exec` makes the training; without it Slurm signals the steps that srun starts, and there are none.
@@ -93,9 +91,7 @@ def batch_script(runs: Sequence[Run], runs_dir: Path, train: Sequence[str]) -> s
     commands = []
     for run in runs:
         if not run.is_finished(runs_dir):
-            config = runs_dir / LOGS / f"{run.name}.yaml"
-            write_whole(config, dump(run.config))
-            commands.append(shlex.join([*train, str(config), "--run-dir", str(run.directory(runs_dir).path)]))
+            commands.append(shlex.join(run.prepare(runs_dir, train)))
     lines = [
         "#!/bin/bash",
         f"#SBATCH --array=0-{len(commands) - 1}",

@@ -32,6 +32,10 @@ class Run:
     group: str | None = None
     """Name of the runs that it is trained together with."""
 
+    @property
+    def runs(self) -> tuple["Run"]:
+        return (self,)
+
     def directory(self, runs_dir: Path) -> RunDir:
         return RunDir(runs_dir / self.name)
 
