@@ -1,10 +1,13 @@
 """Grouped products on Hopper: which arguments the kernels serve, and which of them make up each gradient."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.batching import by_rows
 from pallas_kernels.grouped_matmul.gradient_mosaic_gpu import multiply_transposed
 from pallas_kernels.grouped_matmul.product_mosaic_gpu import multiply_rows
 from pallas_kernels.grouped_matmul.swiglu_mosaic_gpu import swiglu_gradients, swiglu_rows
@@ -30,14 +33,41 @@ def unserved(x, w) -> str | None:
     return None
 
 
+def _of_models(run: Callable) -> Callable:
+    """Lets `jax.vmap` map `run` by one launch over the groups of all models.
+
+    Rows behind a model's last group join it as zeros, so that groups follow each other without gaps.
+
+    Args:
+      run: takes group sizes, rows whose results are zero where they are, and more rows or matrices.
+    """
+
+    def run_models(group_sizes, rows, *others):
+        (M, E), R = group_sizes.shape, rows.shape[1]
+        if M > 1:
+            used = jnp.sum(group_sizes, 1, keepdims=True)
+            rows = jnp.where((jnp.arange(R)[None] < used)[..., None], rows, 0)
+            group_sizes = group_sizes + jnp.where(jnp.arange(E)[None] == E - 1, R - used, 0)
+        results = run(group_sizes.reshape(-1), *(x.reshape(-1, *x.shape[2:]) for x in (rows, *others)))
+        return jax.tree.map(lambda x: x.reshape(M, -1, *x.shape[1:]), results)
+
+    def run_one(*arrays):
+        return jax.tree.map(lambda x: x[0], by_rows(run_models)(*(x[None] for x in arrays)))
+
+    return run_one
+
+
 @jax.custom_vjp
 def grouped_matmul(
     x: Float[Array, "M D"], w: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "M F"]:
     """See `pallas_kernels.grouped_matmul.api.grouped_matmul`; the backward pass keeps the arguments alone."""
-    padded = _pad(x)
-    plan = plan_tiles(group_sizes, padded.shape[0])
-    return multiply_rows(plan, [(padded, w.astype(x.dtype))], transposed=False, config=CONFIG)[: x.shape[0]]
+    return _of_models(_multiply)(group_sizes, _pad(x), w)[: x.shape[0]]
+
+
+def _multiply(group_sizes, x, w):
+    plan = plan_tiles(group_sizes, x.shape[0])
+    return multiply_rows(plan, [(x, w.astype(x.dtype))], transposed=False, config=CONFIG)
 
 
 def _matmul_forward(x, w, group_sizes):
@@ -46,11 +76,14 @@ def _matmul_forward(x, w, group_sizes):
 
 def _matmul_backward(saved, dy):
     x, w, group_sizes = saved
-    rows, x, dy = x.shape[0], _pad(x), _pad(dy)
+    dx, dw = _of_models(_matmul_gradients)(group_sizes, _pad(dy), _pad(x), w)
+    return dx[: x.shape[0]], dw, None
+
+
+def _matmul_gradients(group_sizes, dy, x, w):
     plan = plan_tiles(group_sizes, x.shape[0])
     dx = multiply_rows(plan, [(dy, w.astype(x.dtype))], transposed=True, config=CONFIG)
-    dw = multiply_transposed(x, dy, group_sizes, dtype=w.dtype, config=CONFIG)
-    return dx[:rows], dw, None
+    return dx, multiply_transposed(x, dy, group_sizes, dtype=w.dtype, config=CONFIG)
 
 
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -70,27 +103,35 @@ def grouped_swiglu(
 
 
 def _swiglu_forward(x, gate, up, down, scale, group_sizes):
-    padded = _pad(x)
-    plan = plan_tiles(group_sizes, padded.shape[0])
-    matrices = (w.astype(x.dtype) for w in (gate, up))
-    hidden, gated, raised = swiglu_rows(plan, padded, *matrices, _pad(scale), config=CONFIG)
-    y = multiply_rows(plan, [(hidden, down.astype(x.dtype))], transposed=False, config=CONFIG)
+    y, gated, raised = _of_models(_swiglu)(group_sizes, _pad(x), gate, up, down, _pad(scale))
     gated, raised = (checkpoint_name(z, "operators") for z in (gated, raised))  # kept or recomputed by that name
     return y[: x.shape[0]], (x, gate, up, down, scale, group_sizes, gated, raised)
 
 
+def _swiglu(group_sizes, x, gate, up, down, scale):
+    plan = plan_tiles(group_sizes, x.shape[0])
+    hidden, gated, raised = swiglu_rows(plan, x, *(w.astype(x.dtype) for w in (gate, up)), scale, config=CONFIG)
+    y = multiply_rows(plan, [(hidden, down.astype(x.dtype))], transposed=False, config=CONFIG)
+    return y, gated, raised
+
+
 def _swiglu_backward(saved, dy):
     x, gate, up, down, scale, group_sizes, gated, raised = saved
-    rows, x, dy = x.shape[0], _pad(x), _pad(dy)
+    others = _pad(x), gate, up, down, _pad(scale), gated, raised
+    dx, *gradients, d_scale = _of_models(_swiglu_gradients)(group_sizes, _pad(dy), *others)
+    return dx[: x.shape[0]], *gradients, d_scale[: x.shape[0]].astype(scale.dtype), None
+
+
+def _swiglu_gradients(group_sizes, dy, x, gate, up, down, scale, gated, raised):
     plan = plan_tiles(group_sizes, x.shape[0])
     hidden, d_gated, d_raised, d_scale = swiglu_gradients(
-        plan, dy, down.astype(x.dtype), gated, raised, _pad(scale), config=CONFIG
+        plan, dy, down.astype(x.dtype), gated, raised, scale, config=CONFIG
     )
     pairs = [(d_gated, gate.astype(x.dtype)), (d_raised, up.astype(x.dtype))]
     dx = multiply_rows(plan, pairs, transposed=True, config=CONFIG)
     factors = ((x, d_gated, gate), (x, d_raised, up), (hidden, dy, down))
     gradients = (multiply_transposed(a, b, group_sizes, dtype=w.dtype, config=CONFIG) for a, b, w in factors)
-    return dx[:rows], *gradients, d_scale[:rows].astype(scale.dtype), None
+    return dx, *gradients, d_scale
 
 
 grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -3,10 +3,13 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.batching import by_rows
 
 TOKENS, STAGES = 8, 4  # rows per step; steps whose rows are in shared memory
 BLOCKS = 264  # two per multiprocessor
@@ -36,6 +39,17 @@ def _boxes(columns: int) -> tuple[int, int]:
 
 def spread_rows(x: Float[Array, "T D"], row: Int[Array, "T k"]) -> Float[Array, "T*k D"]:
     """See `pallas_kernels.grouped_matmul.rows.spread_rows`."""
+    return by_rows(_spread_models)(x[None], row[None])[0]
+
+
+def _spread_models(x: Float[Array, "M T D"], row: Int[Array, "M T k"]) -> Float[Array, "M T*k D"]:
+    """Several models at once, whose rows stand behind each other."""
+    (M, T, D), k = x.shape, row.shape[2]
+    row = row + jnp.arange(0, M * T * k, T * k, dtype=row.dtype)[:, None, None]
+    return _spread(x.reshape(M * T, D), row.reshape(M * T, k)).reshape(M, T * k, D)
+
+
+def _spread(x, row):
     (T, D), k = x.shape, row.shape[1]
     steps, (boxes, box) = T // TOKENS, _boxes(D)
     blocks = min(BLOCKS if boxes * box <= WIDEST else BLOCKS // 2, steps)
