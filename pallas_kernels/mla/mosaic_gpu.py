@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.batching import by_rows
 from pallas_kernels.mla.backward_mosaic_gpu import BLOCK_KEYS, BLOCK_QUERIES, key_gradients, query_gradient
 from pallas_kernels.mla.forward_mosaic_gpu import Result, block_keys, forward
 from pallas_kernels.mla.self_attention import join_queries, refuse_arguments, refuse_others
@@ -89,10 +90,18 @@ def _core(options: Options, q, kv, k_shared, segment_ids):
     return result.o, result.peak
 
 
-def _forward(options: Options, q, kv, k_shared, segment_ids) -> Result:
-    shape, scale = options
+def _forward(options: Options, *arrays) -> Result:
+    return by_rows(functools.partial(_run, options))(*arrays)
+
+
+def _run(options: Options, q, kv, k_shared, segment_ids) -> Result:
+    shape, scale = _shape(options, q), options.scale
     spans = key_spans(segment_ids, shape.tokens, ROWS, block_keys(shape))
     return forward(shape, q, kv, k_shared, spans, _ids(segment_ids), scale=scale)
+
+
+def _shape(options: Options, q) -> Shape:
+    return options.shape._replace(batch=q.shape[0])  # under `jax.vmap` the rows of all members
 
 
 def _ids(segment_ids):
@@ -110,9 +119,12 @@ def _core_forward(options: Options, q, kv, k_shared, segment_ids):
 
 
 def _core_backward(options: Options, residuals, cotangents):
-    shape, scale = options
-    q, kv, k_shared, segment_ids, o, offset = residuals
-    do, ids = cotangents[0].astype(q.dtype), _ids(segment_ids)
+    return *by_rows(functools.partial(_gradients, options))(*residuals, cotangents[0]), None
+
+
+def _gradients(options: Options, q, kv, k_shared, segment_ids, o, offset, do):
+    shape, scale = _shape(options, q), options.scale
+    do, ids = do.astype(q.dtype), _ids(segment_ids)
     delta = -jnp.einsum("BTHV,BTHV->BHT", o, do, preferred_element_type=jnp.float32)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, shape.padded - shape.tokens)))
     arrays = q, kv, k_shared, do, offset, delta
@@ -123,7 +135,7 @@ def _core_backward(options: Options, residuals, cotangents):
         dshared = jnp.zeros_like(k_shared)
     else:
         dshared = jnp.sum(dshared, axis=2, dtype=jnp.float32).astype(k_shared.dtype)
-    return dq, dkv, dshared, None
+    return dq, dkv, dshared
 
 
 _core.defvjp(_core_forward, _core_backward)
