@@ -1,18 +1,20 @@
 """Muon in Moonlight's form: momentum as a sum, Nesterov, five Newton-Schulz steps, updates of one RMS."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jaxtyping import Array, Float
 
 from kimi_jax.types import PyTree
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a, b, c of X <- a X + b (X X^T) X + c (X X^T)^2 X
 NORM_FLOOR = 1e-7
+SMALL_STACK = 2**24  # elements; larger stacks fill a device by themselves, and putting them together costs a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +46,24 @@ def orthogonalize(
 
     Source: Moonlight, arXiv:2502.16982, section 2.
     """
-    a, b, c = QUINTIC
     norm = jnp.sqrt(jnp.sum(jnp.square(x_RC), axis=(-2, -1), keepdims=True))
-    wide = x_RC.shape[-2] <= x_RC.shape[-1]
     x = (x_RC / (norm + NORM_FLOOR)).astype(dtype)
-    x = x if wide else x.mT  # the Gram matrix is the small one
+    for _ in range(steps):
+        x = _refine(x)
+    return x.astype(jnp.float32)
 
-    def refine(_, x):
-        gram = x @ x.mT
-        return a * x + (b * gram + c * (gram @ gram)) @ x
 
-    x = lax.fori_loop(0, steps, refine, x)  # rolled: every parameter has its own chain to compile
-    return (x if wide else x.mT).astype(jnp.float32)
+def _refine(x: Float[Array, "... R C"]) -> Float[Array, "... R C"]:
+    """One step, from the smaller Gram matrix; its three terms are one factor, so that nothing as large as x is added.
+
+    Neither side is transposed in memory: the products contract what they need.
+    """
+    a, b, c = QUINTIC
+    wide = x.shape[-2] <= x.shape[-1]
+    gram = jnp.einsum("...ik,...jk->...ij" if wide else "...ki,...kj->...ij", x, x)
+    square, eye = gram @ gram, jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
+    factor = (a * eye + b * gram.astype(jnp.float32) + c * square.astype(jnp.float32)).astype(x.dtype)
+    return factor @ x if wide else x @ factor
 
 
 def scale_by_muon(
@@ -74,16 +82,43 @@ def scale_by_muon(
       A transform whose state is {"momentum": float32 tree like the parameters}.
     """
 
-    def direction(grad: Array, velocity: Array, matrix: Matrix) -> Array:
-        shape = matrix.shape(grad.shape)
-        factor = orthogonalize((grad + momentum * velocity).reshape(shape), steps=steps, dtype=dtype)
-        return update_rms * math.sqrt(max(shape[-2:])) * factor.reshape(grad.shape)
+    def direction(stack_NRC: Array) -> Array:
+        scale = update_rms * math.sqrt(max(stack_NRC.shape[-2:]))
+        return scale * orthogonalize(stack_NRC, steps=steps, dtype=dtype)
 
     def init(params):
         return {"momentum": jax.tree.map(jnp.zeros_like, params)}
 
     def update(grads, state, params=None):
         velocity = jax.tree.map(lambda m, g: momentum * m + g, state["momentum"], grads)
-        return jax.tree.map(direction, grads, velocity, matrices), {"momentum": velocity}
+        ahead = jax.tree.map(lambda g, v: g + momentum * v, grads, velocity)
+        return map_stacks(direction, ahead, matrices), {"momentum": velocity}
 
     return optax.GradientTransformation(init, update)
+
+
+def map_stacks(
+    change: Callable[[Float[Array, "N R C"]], Float[Array, "N R C"]], tree: PyTree, matrices: PyTree
+) -> PyTree:
+    """Applies a function of stacked matrices to all leaves, those of one shape together while they are small.
+
+    A chain of products of one such matrix leaves most of a device idle, whatever waits behind it.
+
+    Args:
+      change: from matrices to as many of the same shape, each by itself.
+      tree: arrays.
+      matrices: tree like it of `Matrix`.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    kinds = jax.tree.leaves(matrices)
+    stacks = [x.reshape(-1, *kind.shape(x.shape)[-2:]) for x, kind in zip(leaves, kinds, strict=True)]
+    groups: dict[tuple, list[int]] = {}
+    for index, stack in enumerate(stacks):
+        alone = stack.size > SMALL_STACK
+        groups.setdefault((stack.shape, index) if alone else stack.shape[1:], []).append(index)
+    changed = {}
+    for members in groups.values():
+        counts = [stacks[index].shape[0] for index in members]
+        together = change(jnp.concatenate([stacks[index] for index in members]))
+        changed |= zip(members, jnp.split(together, list(itertools.accumulate(counts))[:-1]), strict=True)
+    return jax.tree.unflatten(structure, [changed[index].reshape(x.shape) for index, x in enumerate(leaves)])
