@@ -1,9 +1,5 @@
 """How the devices are laid out."""
 
-from typing import Annotated
-
-from pydantic import Field
-
 from kimi_jax.config.base import Config
 from kimi_jax.config.mixer import PositiveInt
 
@@ -21,5 +17,3 @@ class Mesh(Config):
     """Parts of every sequence."""
     tensor: PositiveInt = 1
     """Parts of the heads, of the feed-forward widths and of the vocabulary."""
-    expert_capacity: Annotated[float, Field(ge=1)] = 2.0
-    """Room for the rows that a device sends to another one's experts, in even shares; what does not fit is dropped."""

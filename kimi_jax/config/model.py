@@ -34,6 +34,9 @@ class MoeFfn(Config):
     """Step of the auxiliary-loss-free balancing bias, once per optimizer step; 0 freezes it."""
     balance_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the sequence-wise balance loss; 0: none."""
+    capacity: Annotated[float, Field(ge=1)] = 1.5
+    """Over several devices (mesh.expert): choices that one device can send to another, in even shares of all its
+    choices; more are dropped and counted. mesh.expert or more: none ever is."""
     implementation: Literal["auto", "mosaic_gpu", "xla", "reference"] = "auto"
     """Which grouped products the experts run on."""
 

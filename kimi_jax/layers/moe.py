@@ -1,54 +1,90 @@
 """The mixture-of-experts feed-forward block: dropless, rows sorted by expert, grouped products."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from kimi_jax.config.model import MoeFfn
 from kimi_jax.layers.mlp import SwiGlu
 from kimi_jax.layers.param import normal, param
-from kimi_jax.layers.router import Router, RouterStats
+from kimi_jax.layers.router import Router, RouterStats, Routing
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, place_rows, spread_rows, sum_rows
 
 
+class Matrices(NamedTuple):
+    """Of E SwiGLU blocks; in the dtype of the activations, or in float32, to which their gradients then come."""
+
+    gate: Float[Array, "E D F"]
+    up: Float[Array, "E D F"]
+    down: Float[Array, "E F D"]
+
+
 class Experts(nnx.Module):
-    """E SwiGLU blocks on rows sorted by expert."""
+    """E SwiGLU blocks."""
 
     def __init__(self, cfg: MoeFfn, *, model_dim: int, std: float, rngs: nnx.Rngs):
         D, E, F = model_dim, cfg.num_experts, cfg.hidden_dim
-        self.num_experts, self.implementation = E, cfg.implementation
+        self.num_experts, self.implementation, self.capacity = E, cfg.implementation, cfg.capacity
         self.gate = param(normal(rngs, (E, D, F), std), axes=("experts", "embed", "ffn"))
         self.up = param(normal(rngs, (E, D, F), std), axes=("experts", "embed", "ffn"))
         self.down = param(normal(rngs, (E, F, D), std), axes=("experts", "ffn", "embed"))
 
-    @jax.named_scope("experts")
-    def __call__(
-        self, x_MD: Float[Array, "M D"], scale_M: Float[Array, "M"], group_sizes_E: Int[Array, "E"]
-    ) -> Float[Array, "M D"]:
-        """Float32 parameters stay so: the product rounds them to the dtype of x, but not their gradients."""
-        matrices = (w[...] for w in (self.gate, self.up, self.down))
-        gate, up, down = (w.astype(jnp.promote_types(w.dtype, x_MD.dtype)) for w in matrices)
-        return grouped_swiglu(x_MD, gate, up, down, scale_M, group_sizes_E, implementation=self.implementation)
+    def matrices(self, dtype: DTypeLike) -> Matrices:
+        """Parameters for activations of a dtype: the product rounds float32 ones to it, but not their gradients."""
+        parameters = (w[...] for w in (self.gate, self.up, self.down))
+        return Matrices(*(w.astype(jnp.promote_types(w.dtype, dtype)) for w in parameters))
+
+
+@jax.named_scope("experts")
+def run_sorted(
+    matrices: Matrices,
+    x_MD: Float[Array, "M D"],
+    scale_M: Float[Array, "M"],
+    group_sizes_E: Int[Array, "E"],
+    implementation: str,
+) -> Float[Array, "M D"]:
+    """Runs the experts on rows sorted by expert, their hidden rows multiplied by `scale_M`."""
+    return grouped_swiglu(x_MD, *matrices, scale_M, group_sizes_E, implementation=implementation)
+
+
+def mix(
+    matrices: Matrices,
+    x_MD: Float[Array, "M D"],
+    expert_Mk: Int[Array, "M k"],
+    weight_Mk: Float[Array, "M k"],
+    implementation: str,
+) -> Float[Array, "M D"]:
+    """Returns sum_k weight_k E_k(x), summed in float32; expert number E is none. All experts are on this device."""
+    row_Mk, group_sizes_E = place_rows(expert_Mk, matrices.gate.shape[0])
+    scale = jnp.zeros(row_Mk.size, weight_Mk.dtype).at[row_Mk].set(weight_Mk, unique_indices=True)
+    moves = "xla" if implementation == "reference" else implementation
+    rows = run_sorted(matrices, spread_rows(x_MD, row_Mk, moves), scale, group_sizes_E, implementation)
+    return sum_rows(rows, row_Mk, moves)
 
 
 def run_here(
-    experts: Experts, x_MD: Float[Array, "M D"], expert_Mk: Int[Array, "M k"], weight_Mk: Float[Array, "M k"]
-) -> Float[Array, "M D"]:
-    """Returns sum_k weight_k E_k(x), summed in float32; expert number E is none. All experts are on this device."""
-    row_Mk, group_sizes_E = place_rows(expert_Mk, experts.num_experts)
-    scale = jnp.zeros(row_Mk.size, weight_Mk.dtype).at[row_Mk].set(weight_Mk, unique_indices=True)
-    implementation = "xla" if experts.implementation == "reference" else experts.implementation
-    rows = spread_rows(x_MD, row_Mk, implementation)
-    return sum_rows(experts(rows, scale, group_sizes_E), row_Mk, implementation)
+    experts: Experts, x_BTD: Float[Array, "B T D"], routing: Routing
+) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+    """The dispatcher of one device: (sum_k weight_k E_k(x), how many choices were dropped: none)."""
+    B, T, D = x_BTD.shape
+    expert_Mk, weight_Mk = (x.reshape(B * T, -1) for x in routing)
+    matrices = experts.matrices(x_BTD.dtype)
+    y_MD = mix(matrices, x_BTD.reshape(B * T, D), expert_Mk, weight_Mk, experts.implementation)
+    return y_MD.reshape(B, T, D), jnp.zeros(())
 
 
 class Moe(nnx.Module):
     """sum_k weight_k E_k(x) plus the shared expert, which is neither routed nor scaled."""
 
-    def __init__(self, cfg: MoeFfn, *, model_dim: int, std: float, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: MoeFfn, *, model_dim: int, std: float, rngs: nnx.Rngs, dispatch: Callable[..., tuple] = run_here
+    ):
+        """`dispatch` has the signature of `run_here`; another one may send tokens to experts on other devices."""
+        self.dispatch = dispatch
         self.router = Router(cfg, model_dim=model_dim, std=std, rngs=rngs)
         self.experts = Experts(cfg, model_dim=model_dim, std=std, rngs=rngs)
         shared_dim = cfg.num_shared_experts * cfg.hidden_dim
@@ -56,15 +92,10 @@ class Moe(nnx.Module):
 
     @jax.named_scope("moe")
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        valid_BT: Bool[Array, "B T"] | None = None,
-        dispatch: Callable[..., Float[Array, "M D"]] = run_here,
+        self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """`dispatch` has the signature of `run_here`; another one may send rows to experts on other devices."""
-        B, T, D = x_BTD.shape
-        valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
+        valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid_BT is None else valid_BT
         routing, stats = self.router(x_BTD, valid_BT)
-        expert_Mk, weight_Mk = (x.reshape(B * T, -1) for x in routing)
-        y_BTD = dispatch(self.experts, x_BTD.reshape(B * T, D), expert_Mk, weight_Mk).reshape(B, T, D)
-        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), stats
+        y_BTD, dropped = self.dispatch(self.experts, x_BTD, routing)
+        y_BTD = y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+        return y_BTD, stats._replace(dropped=dropped)

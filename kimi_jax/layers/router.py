@@ -20,6 +20,8 @@ class RouterStats(NamedTuple):
     """float32, number of (valid token, choice) pairs per expert."""
     balance_loss: Float[Array, ""]
     """float32, sequence-wise balance loss before its weight: 1 for perfectly even routing."""
+    dropped: Float[Array, ""]
+    """float32, number of choices that did not fit into the buffers between devices."""
 
 
 class Routing(NamedTuple):
@@ -77,7 +79,7 @@ def measure_balance(
     share_BE = jnp.sum(jnp.where(valid_BT[..., None], share_BTE, 0), axis=1)
     per_row_B = jnp.sum(chosen_BE * share_BE, -1) * E / (k * jnp.maximum(tokens_B, 1) ** 2)
     rows = jnp.maximum(jnp.sum(tokens_B > 0), 1)
-    return RouterStats(load=jnp.sum(chosen_BE, 0), balance_loss=jnp.sum(per_row_B) / rows)
+    return RouterStats(jnp.sum(chosen_BE, 0), balance_loss=jnp.sum(per_row_B) / rows, dropped=jnp.zeros(()))
 
 
 def multiply_exactly(x: Float[Array, "B T D"], w: Float[Array, "D E"]) -> Float[Array, "B T E"]:

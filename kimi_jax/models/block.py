@@ -1,5 +1,7 @@
 """One pre-norm residual block: a token mixer, then a feed-forward block; which module serves which config type."""
 
+import functools
+
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
@@ -14,9 +16,10 @@ from kimi_jax.layers.mlp import Mlp
 from kimi_jax.layers.moe import Moe
 from kimi_jax.layers.norm import RMSNorm
 from kimi_jax.layers.router import RouterStats
+from kimi_jax.parallel.expert import run_on_mesh
 
 MIXERS = {KdaMixer: Kda, GdnMixer: gated_delta_net, Mamba2Mixer: Mamba2, MlaMixer: Mla}
-FFNS = {DenseFfn: Mlp, MoeFfn: Moe}
+FFNS = {DenseFfn: Mlp, MoeFfn: functools.partial(Moe, dispatch=run_on_mesh)}
 
 
 class Block(nnx.Module):

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kimi_jax.config.mesh import Mesh
 from kimi_jax.config.model import ModelConfig, MoeFfn
 from kimi_jax.config.train import SkipNonFinite
 from kimi_jax.layers.router import RouterStats
@@ -37,6 +38,8 @@ class Sums(NamedTuple):
     """Sum over MoE layers of the mean over the batch's rows; 0 without MoE."""
     load: Float[Array, "L E"] | None
     """Router load of each MoE layer."""
+    dropped: Float[Array, ""] | None
+    """Choices of experts that did not fit between devices, over all MoE layers."""
 
 
 def build_train_step(recipe: Recipe) -> Callable[..., tuple[State, Metrics]]:
@@ -48,7 +51,7 @@ def build_train_step(recipe: Recipe) -> Callable[..., tuple[State, Metrics]]:
       (state, batch, peak_lr=that of the config) -> (state, metrics). Metrics are scalars: loss_nats, z_loss,
       balance_loss, grad_norm (before clipping), update_rms (of the parameters' change), lr, tokens (scored ones),
       skipped (0 or 1), and with MoE router_load_max and router_load_min, the fullest and emptiest expert of any layer
-      relative to its layer's mean.
+      relative to its layer's mean; with experts on several devices dropped_fraction of all choices.
     """
     cfg = recipe.cfg
     gradients, rate = build_gradients(recipe), learning_rate(cfg.optim, cfg.train.steps)
@@ -82,6 +85,7 @@ def build_train_step(recipe: Recipe) -> Callable[..., tuple[State, Metrics]]:
             "tokens": jnp.sum(batch["loss_mask"], dtype=jnp.int32),
             "skipped": skipped.astype(jnp.int32),
             **_router_balance(sums.load),
+            **_dropped_choices(recipe.cfg.mesh, sums),
         }
         return {**new, "step": state["step"] + 1}, metrics
 
@@ -146,7 +150,8 @@ def _build_loss(recipe: Recipe) -> Callable[[Variables, Variables, Batch, _Whole
             total, means = mean_cross_entropy(*scored, cfg.train.z_loss, cfg.train.loss_chunk)
         rows = jnp.sum(_has_tokens(batch))
         balance_loss = jnp.sum(stats.balance_loss) * rows / whole.rows if stats else jnp.zeros(())
-        sums = Sums(means.cross_entropy, means.z_loss, balance_loss, stats.load if stats else None)
+        routers = (stats.load, jnp.sum(stats.dropped)) if stats else (None, None)
+        sums = Sums(means.cross_entropy, means.z_loss, balance_loss, *routers)
         return total + balance_weight * balance_loss, sums
 
     return loss
@@ -209,6 +214,11 @@ def _router_balance(load_LE: Float[Array, "L E"] | None) -> Metrics:
         return {}
     relative = load_LE / jnp.maximum(jnp.mean(load_LE, axis=-1, keepdims=True), 1.0)
     return {"router_load_max": jnp.max(relative), "router_load_min": jnp.min(relative)}
+
+
+def _dropped_choices(mesh: Mesh, sums: Sums) -> Metrics:
+    """Where experts lie on several devices, the share of choices that did not fit into the buffers between them."""
+    return {"dropped_fraction": sums.dropped / jnp.maximum(jnp.sum(sums.load), 1.0)} if mesh.expert > 1 else {}
 
 
 def _rms(tree: PyTree) -> Float[Array, ""]:

@@ -9,7 +9,7 @@ from flax import nnx
 from kimi_jax.config.model import MoeFfn
 from kimi_jax.layers.moe import Moe, run_here
 from kimi_jax.layers.param import Buffer, normal
-from kimi_jax.layers.router import multiply_exactly
+from kimi_jax.layers.router import Routing, multiply_exactly
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, T, D, E, K, F = 2, 7, 6, 5, 2, 4
@@ -162,17 +162,24 @@ def test_no_shared_expert_and_no_renormalisation():
 
 
 def test_another_dispatch_may_run_the_experts():
-    """As expert parallelism will: half of the experts see the rows of their half alone, and sums are added."""
+    """Half of the experts see the choices of their half alone, and sums are added; what it dropped is reported."""
     x = draw(1)
 
-    def in_halves(experts, x_MD, expert_Mk, weight_Mk):
-        halves = [expert_Mk < E // 2, (expert_Mk >= E // 2) & (expert_Mk < E)]
-        return sum(run_here(experts, x_MD, jnp.where(half, expert_Mk, E), weight_Mk * half) for half in halves)
+    def in_halves(experts, x_BTD, routing):
+        halves = [routing.expert < E // 2, (routing.expert >= E // 2) & (routing.expert < E)]
+        parts = [
+            run_here(experts, x_BTD, Routing(jnp.where(half, routing.expert, E), routing.weight * half))[0]
+            for half in halves
+        ]
+        return sum(parts), jnp.float32(3)
 
     moe = nnx.merge(GRAPHDEF, PARAMS, BUFFERS)
-    want, _ = jax.jit(lambda x: moe(x))(x)
-    got, _ = jax.jit(lambda x: moe(x, dispatch=in_halves))(x)
+    want, stats = jax.jit(lambda x: moe(x))(x)
+    assert stats.dropped == 0
+    moe.dispatch = in_halves
+    got, stats = jax.jit(lambda x: moe(x))(x)
     assert_close(got, np.asarray(want, np.float64))
+    assert stats.dropped == 3
 
 
 def test_logits_of_bfloat16_activations_are_as_exact_as_float32():
