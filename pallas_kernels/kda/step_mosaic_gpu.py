@@ -1,5 +1,6 @@
 """KDA on Hopper, decoding: a few tokens per sequence, the state read once, held in registers and written in place."""
 
+import functools
 import math
 
 import jax
@@ -10,6 +11,7 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.batching import by_rows
 from pallas_kernels.hopper import refuse_device
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
 from pallas_kernels.kda.reference import L2_EPS
@@ -68,8 +70,17 @@ def step_kda(
     rows: int | None = None,
 ) -> tuple[Float[Array, "N T HV V"], Float[Array, "P HV V K"]]:
     """See `pallas_kernels.kda.api.step_kda`; `rows` of the values per block."""
-    (N, T, H, K), (HV, V) = q.shape, v.shape[2:]
-    rows = rows or value_rows(N * HV, V)
+    settings = {"scale": scale, "normalize_qk": normalize_qk, "rows": rows}
+    one = jax.tree.map(lambda x: x[None], (q, k, v, g, beta, state, gate, slots, accepted))
+    return jax.tree.map(lambda x: x[0], by_rows(functools.partial(_step_models, **settings))(*one))
+
+
+def _step_models(q, k, v, g, beta, state, gate: Gate, slots, accepted, *, scale, normalize_qk, rows: int | None):
+    """Every array has the models first, which under `jax.vmap` are several: each has its gate and its pool of states."""
+    M, N = q.shape[:2]
+    sequences = jax.tree.map(lambda x: x.reshape(M * N, *x.shape[2:]), (q, k, v, g, beta))
+    (_, T, H, K), (HV, V) = sequences[0].shape, v.shape[3:]
+    rows = rows or value_rows(M * N * HV, V)
     optional = {
         "a_log": None if gate is None else gate.a_log,
         "dt_bias": None if gate is None else gate.dt_bias,
@@ -81,23 +92,24 @@ def step_kda(
     def kernel(q, k, v, g, beta, *refs):
         *refs, pool, o = refs
         parameters = dict(zip(given, refs, strict=True))
-        n, hv, mine = lax.axis_index("sequence"), lax.axis_index("head"), pl.ds(lax.axis_index("part") * rows, rows)
+        s, hv, mine = lax.axis_index("sequence"), lax.axis_index("head"), pl.ds(lax.axis_index("part") * rows, rows)
         h = lax.div(hv, HV // H)
-        slot = parameters["slots"][n] if "slots" in given else n
-        last = parameters["accepted"][n] if "accepted" in given else T
+        m, n = (lax.div(s, N), lax.rem(s, N)) if M > 1 else (0, s)
+        slot = parameters["slots"][m, n] if "slots" in given else n
+        last = parameters["accepted"][m, n] if "accepted" in given else T
 
         def column(ref):
             return plgpu.load(ref, layout=KEYS, optimized=False)
 
         def fetch(t):
-            value = plgpu.load(v.at[n, t, hv, mine], layout=VALUES, optimized=False)
-            return column(k.at[n, t, h]), column(q.at[n, t, h]), column(g.at[n, t, hv]), value, beta[n, t, hv]
+            value = plgpu.load(v.at[s, t, hv, mine], layout=VALUES, optimized=False)
+            return column(k.at[s, t, h]), column(q.at[s, t, h]), column(g.at[s, t, hv]), value, beta[s, t, hv]
 
         def total(x):  # over keys, once per value row
             return jnp.sum(x if x.ndim == 2 else _by_key(x, (rows, K)), 1)
 
-        bias = column(parameters["dt_bias"].at[hv]).astype(f32) if gate is not None else None
-        slope = jnp.exp2(parameters["a_log"][hv].astype(f32) * LOG2E) if "a_log" in given else 1.0
+        bias = column(parameters["dt_bias"].at[m, hv]).astype(f32) if gate is not None else None
+        slope = jnp.exp2(parameters["a_log"][m, hv].astype(f32) * LOG2E) if "a_log" in given else 1.0
 
         def token(t, inputs, state):
             key, query, raw, value, step = (x.astype(f32) for x in inputs)
@@ -110,15 +122,15 @@ def step_kda(
             write = error * key_norm
             # What the query reads after the update, from the state before it: one pass over the state.
             read = total(state * _by_key(query, state.shape)) + write * total(key * query)
-            o.at[n, t, hv, mine][...] = (read * query_norm).astype(o.dtype)
+            o.at[s, t, hv, mine][...] = (read * query_norm).astype(o.dtype)
             return state + _by_value(write, state.shape) * _by_key(key, state.shape)
 
         def store(state):
-            pool.at[slot, hv, mine][...] = state.astype(pool.dtype)
+            pool.at[m, slot, hv, mine][...] = state.astype(pool.dtype)
 
         @pl.when(slot >= 0)
         def _():
-            state = plgpu.load(pool.at[slot, hv, mine], layout=STATE, optimized=False).astype(f32)
+            state = plgpu.load(pool.at[m, slot, hv, mine], layout=STATE, optimized=False).astype(f32)
             if T == 1 and accepted is None:
                 return store(token(0, fetch(0), state))
 
@@ -136,18 +148,18 @@ def step_kda(
             def _():
                 @pl.loop(0, T)
                 def _(t):
-                    o.at[n, t, hv, mine][...] = plgpu.layout_cast(jnp.zeros(rows, o.dtype), VALUES)
+                    o.at[s, t, hv, mine][...] = plgpu.layout_cast(jnp.zeros(rows, o.dtype), VALUES)
 
     launch = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
-        grid=(N, HV, V // rows),
+        out_type=jax.ShapeDtypeStruct((M * N, T, HV, V), v.dtype),
+        grid=(M * N, HV, V // rows),
         grid_names=("sequence", "head", "part"),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )
     pool = jax.new_ref(state)
-    o = launch(q, k, v, g, beta, *given.values(), pool)
-    return o, jax.freeze(pool)
+    o = launch(*sequences, *given.values(), pool)
+    return o.reshape(v.shape), jax.freeze(pool)
 
 
 def _by_value(x, shape):
