@@ -1,4 +1,4 @@
-"""How an operator runs on several devices: on each its own rows of the batch and its own heads, in one `shard_map`.
+"""How an operator runs on several devices: on each its own rows, tokens and heads, in one `shard_map`.
 
 XLA cannot cut a kernel: it would gather the operands and run the whole on every device. And what is written in plain
 JAX shall be cut in the same way, so that it moves the same data.
@@ -17,22 +17,26 @@ from jax.sharding import PartitionSpec as P
 
 BATCH_AXES = ("data", "fsdp", "expert")
 HEAD_AXES = ("tensor",)
-MESH_AXES = {"B": BATCH_AXES, "H": HEAD_AXES}
-"""Names of the mesh axes over which rows and heads are cut, where the mesh in use (`jax.set_mesh`) has them."""
+TOKEN_AXES = ("context",)
+MESH_AXES = {"B": BATCH_AXES, "T": TOKEN_AXES, "H": HEAD_AXES}
+"""Names of the mesh axes over which rows, tokens and heads are cut, where the mesh in use (`jax.set_mesh`) has them."""
 
 
 @dataclass(frozen=True)
 class Axes:
     """A label for each argument and result: one letter per dimension, trailing ones left out.
 
-    B is a row of the batch, H a head or a group of heads (query heads and value heads alike), - anything else. Behind
-    "^" stands what a result is the largest over: it is then one number for all rows.
+    B is a row of the batch, T a token, H a head or a group of heads (query heads and value heads alike), - anything
+    else. E is a head where an operator takes all tokens of some heads instead of some tokens of all heads: cut like H,
+    and each of these parts like T. Behind "^" stands what a result is the largest over: one number for all rows.
     """
 
     arguments: tuple[str, ...]
     results: str | tuple[str, ...]
     keywords: Mapping[str, str] = field(default_factory=dict)
     """Those left out are whole on every device."""
+    exchanges: bool = False
+    """Tokens depend on each other: where T is cut, the operator has the name of that mesh axis as `axis`."""
 
 
 def partition(run: Callable[..., Any], axes: Axes, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -54,7 +58,8 @@ def partition(run: Callable[..., Any], axes: Axes, args: tuple, kwargs: Mapping[
         for i, x in zip(arrays, local, strict=True):
             filled[i] = x
         local_args, local_kwargs = jax.tree.unflatten(structure, filled)
-        results = run(*local_args, **local_kwargs)
+        axis = {"axis": parts["T"][0]} if axes.exchanges and parts["T"] else {}
+        results = run(*local_args, **local_kwargs, **axis)
         if isinstance(axes.results, str):
             return _combine(results, axes.results, parts)
         return tuple(_combine(x, label, parts) for x, label in zip(results, axes.results, strict=True))
@@ -88,7 +93,7 @@ def _choose_parts(
                 taken.append(name)
                 number *= mesh.shape[name]
         parts[letter] = tuple(taken)
-    return parts
+    return parts | {"E": parts["H"] + parts["T"]}
 
 
 def _spec(label: str, parts: Mapping[str, tuple[str, ...]]) -> P:

@@ -1,5 +1,7 @@
 """The multi-head latent attention mixer: what is cached, what is rotated, and which of two equal forms runs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,9 @@ from kimi_jax.layers.linear import project
 from kimi_jax.layers.norm import RMSNorm
 from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.rope import rotate
-from pallas_kernels.mla.api import mla_absorbed_attention, mla_attention
+from pallas_kernels.mla.api import mla_absorbed_attention, mla_attention, mla_latent_attention
+
+expand_latents = functools.partial(project, "BSR,RHK->BSHK")
 
 
 class Rotation(nnx.Module):
@@ -87,8 +91,8 @@ class Mla(nnx.Module):
         query, latent, shared_key = self._project(x_BTD, placement)
         if cache is None:
             documents = None if segment_ids_BT is None else placement.document
-            masks = dict(segment_ids=documents, implementation=self.implementation)
-            o, _ = self._attend_expanded(query, latent, shared_key, **masks)
+            settings = dict(expand=expand_latents, segment_ids=documents, implementation=self.implementation)
+            o, _ = mla_latent_attention(*query, latent, shared_key, self.latent_up[...], **settings)
         else:
             masks = dict(segment_ids=placement.document, query_offset=cache.length)
             cache = append(cache, latent, shared_key, placement)
@@ -109,8 +113,7 @@ class Mla(nnx.Module):
         )
 
     def _attend_expanded(self, query, latent_BSR, shared_key, **masks):
-        up = project("BSR,RHK->BSHK", latent_BSR, self.latent_up[...])
-        key, value = jnp.split(up, [self.nope_dim], axis=-1)
+        key, value = jnp.split(expand_latents(latent_BSR, self.latent_up[...]), [self.nope_dim], axis=-1)
         return mla_attention(*query, key, shared_key, value, **masks)
 
     def _attend_absorbed(self, query, latent_BSR, shared_key, **masks):

@@ -18,7 +18,7 @@ IMPLEMENTATIONS = {
 # Few rows, as in decoding: XLA makes a single kernel of them.
 FEW_ROWS = 1024
 FEW_IMPLEMENTATIONS = {"reference": IMPLEMENTATIONS["reference"]}
-AXES = Axes(("B-H", "B-H", ""), "B-H")  # of [B, T, H, V]
+AXES = Axes(("BTH", "BTH", ""), "BTH")  # of [B, T, H, V]
 
 
 def gated_rms_norm(

@@ -20,11 +20,16 @@ __all__ = [
     "step_kda",
 ]
 
+
+def _refuse_spans(*arrays, axis: str | None = None, **_) -> str | None:
+    return f"{axis=}: this form runs on one device" if axis else None
+
+
 # Fastest first.
 IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(mosaic_gpu.chunk_kda, mosaic_gpu.refuse),
     "chunked": Implementation(chunked.chunk_kda, chunked.refuse),
-    "reference": Implementation(reference.chunk_kda),
+    "reference": Implementation(reference.chunk_kda, _refuse_spans),
 }
 STATES_IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(mosaic_gpu.chunk_kda_with_states, mosaic_gpu.refuse),
@@ -35,9 +40,10 @@ STEP_IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(step_mosaic_gpu.step_kda, step_mosaic_gpu.refuse),
     "reference": Implementation(reference.step_kda),
 }
+AXES = Axes(("BTH",) * 5, ("BTH", "BH"), {"gate": "H", "segment_ids": "BT"}, exchanges=True)
 INPUTS = ("B-H",) * 5
 OPTIONAL = {"gate": "H", "initial_state": "BH", "segment_ids": "B"}
-AXES = Axes(INPUTS, ("B-H", "BH"), OPTIONAL)
+CONTINUED_AXES = Axes(INPUTS, ("B-H", "BH"), OPTIONAL)
 STATES_AXES = Axes(INPUTS, ("B-H", "BH", "B-H"), OPTIONAL)
 STEP_AXES = Axes((*INPUTS, "BH"), ("B-H", "BH"), {"gate": "H", "accepted": "B"})
 POOL_AXES = Axes((*("--H",) * 5, "-H"), ("--H", "-H"), {"gate": "H"})  # any row may belong to any sequence
@@ -98,7 +104,7 @@ def chunk_kda(
         segment_ids=segment_ids,
         normalize_qk=normalize_qk,
         tile=tile,
-        axes=AXES,
+        axes=AXES if initial_state is None else CONTINUED_AXES,
     )
 
 

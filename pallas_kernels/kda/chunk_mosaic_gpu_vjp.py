@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
 from pallas_kernels.kda.chain_mosaic_gpu_vjp import reverse_chain
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, log_decay_of_rows
@@ -536,13 +537,8 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
     """
     B, T, H, K = q.shape
     HV = g.shape[2]
-    NT, heads = T // C, B * HV
-    padding = None if code is None else (code == PADDING)
-    size = cotangent_scale(do, dfinal, None if code is None else padding.reshape(B, T))
-    weight = _token_weights(beta, code, size)
-    merge = lambda x: x.reshape(heads, *x.shape[2:])
-    last = merge(dfinal * size[:, :, None, None])
-    ds, p, dinitial = reverse_chain(*prepared, beta, weight[:, :, DO_SCALE], do, last)
+    NT = T // C
+    weight, ds, p, dinitial = _chain(beta, code, prepared, do, dfinal)
     fused = gate is not None and g.dtype != f32
     raw = g if fused else _base2(g if gate is None else log_decay_of_rows(gate, g))
     kind = _GateKind(fused, gate.bound if isinstance(gate, LowerBoundGate) else None)
@@ -555,15 +551,29 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
         da_log = rate.reshape(B, HV, -1).sum(2)
         ddt_bias = bias.reshape(B, HV, NT, K // SLAB, 4, SLAB).sum((2, 4)).reshape(B, HV, K)
     elif gate is not None:
-        clean = g if code is None else jnp.where(padding.reshape(B, T, 1, 1), 0, g)
+        clean = g if code is None else jnp.where((code == PADDING).reshape(B, T, 1, 1), 0, g)
         _, pull = jax.vjp(log_decay_of_rows, gate, clean)
         dgate, dg = pull(dg.astype(f32))
         da_log, ddt_bias = dgate.a_log, dgate.dt_bias
     of_head = lambda x: x.reshape(B, T, H, HV // H, K).astype(f32).sum(3).astype(x.dtype) if HV != H else x
-    dinitial = dinitial.reshape(B, HV, *dinitial.shape[1:]) / size[:, :, None, None]
     if getattr(gate, "a_log", None) is None:
         da_log = None
     return Gradients(of_head(dq), of_head(dk), dv, dg.astype(g.dtype), dbeta, da_log, ddt_bias, dinitial)
+
+
+def entering_gradient(beta, code, prepared, do, dfinal) -> Float[Array, "B HV V K"]:
+    """The gradient of the initial state alone; arguments as in `backward`."""
+    return _chain(beta, code, prepared, do, dfinal)[-1]
+
+
+def _chain(beta, code, prepared, do, dfinal):
+    """(weights of the tokens, scaled gradients of the states leaving the chunks, P, gradient of the initial state)."""
+    B, T = do.shape[:2]
+    size = cotangent_scale(do, dfinal, None if code is None else (code == PADDING).reshape(B, T))
+    weight = _token_weights(beta, code, size)
+    last = (dfinal * size[:, :, None, None]).reshape(len(beta), *dfinal.shape[2:])
+    ds, p, dinitial = reverse_chain(*prepared, beta, weight[:, :, DO_SCALE], do, last)
+    return weight, ds, p, dinitial.reshape(dfinal.shape) / size[:, :, None, None]
 
 
 def _token_weights(beta, code, size):

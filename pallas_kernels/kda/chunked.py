@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import relay
 from pallas_kernels.kda.gates import Gate
 from pallas_kernels.kda.levels import Decays, Dot, attention_and_solver, chunk_decays, interleave, pair_gradients
 from pallas_kernels.kda.reference import read_and_write_vectors
@@ -22,6 +23,7 @@ class _Options(NamedTuple):
     scale: float
     normalize_qk: bool
     tile: int
+    axis: str | None
 
 
 class _Inputs(NamedTuple):
@@ -60,6 +62,14 @@ class _Operands(NamedTuple):
     solver: Float[Array, "N B HV C C"]
 
 
+class _Span(NamedTuple):
+    """What the backward needs to know of the state that came from the devices before."""
+
+    entering: Float[Array, "B HV V K"]
+    applied: Float[Array, "B HV K K"]  # M of this device's span
+    continued: Bool[Array, "B"] | None
+
+
 def default_tile(key_dim: int) -> int:
     """The fastest on a CPU: longer chunks do more work per token, shorter ones keep more states (docs/kda.md)."""
     return 16 if key_dim < 128 else 32
@@ -83,31 +93,37 @@ def chunk_kda(
     segment_ids: Int[Array, "B T"] | None,
     normalize_qk: bool,
     tile: int | None,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
     """See `pallas_kernels.kda.api.chunk_kda`; the backward keeps the inputs alone and recomputes the rest."""
     shortest = 1 << (q.shape[1] - 1).bit_length()  # a shorter sequence is one shorter chunk
-    options = _Options(scale, normalize_qk, min(tile or default_tile(q.shape[-1]), shortest))
-    return _chunk_kda(options, _Inputs(q, k, v, g, beta, gate, initial_state, segment_ids))
+    options = _Options(scale, normalize_qk, min(tile or default_tile(q.shape[-1]), shortest), axis)
+    o, final = _chunk_kda(options, _Inputs(q, k, v, g, beta, gate, initial_state, segment_ids))
+    return o, relay.of_last_device(final, axis) if axis else final
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunk_kda(options: _Options, inputs: _Inputs):
-    chunks, state = _prepare(options, inputs)
-    operands, _ = _operands(chunks, _dot(inputs))
-    final, o = _forward_scan(operands, state, _dot(inputs))
-    return _join_chunks(o, inputs), final
+    return _forward_rule(options, inputs)[0]
 
 
 def _forward_rule(options: _Options, inputs: _Inputs):
-    return _chunk_kda(options, inputs), inputs
+    chunks, state = _prepare(options, inputs)
+    operands, _ = _operands(chunks, _dot(inputs))
+    state, span = _enter(options, inputs, operands, state)
+    final, o = _forward_scan(operands, state, _dot(inputs))
+    return (_join_chunks(o, inputs), final), (inputs, span)
 
 
-def _backward_rule(options: _Options, inputs: _Inputs, cotangents):
-    d_o, d_final = cotangents
+def _backward_rule(options: _Options, saved, cotangents):
+    (inputs, span), (d_o, d_final) = saved, cotangents
     dot = _dot(inputs)
     (chunks, state), pull_back = jax.vjp(functools.partial(_prepare, options), inputs)
     d_o = _split_chunks(_keep_valid(d_o, inputs.segment_ids).astype(state.dtype), options.tile)
     operands, decays = _operands(chunks, dot)
+    if span is not None:
+        state = span.entering
+        d_final += _leave(options, span, _backward_scan(operands, d_o, d_final, dot)[0])
     states, new_values = _states_scan(operands, state, dot)
     d_initial, (d_states, adjoint) = _backward_scan(operands, d_o, d_final, dot)
     same = _same_document(inputs, options.tile)
@@ -116,6 +132,36 @@ def _backward_rule(options: _Options, inputs: _Inputs, cotangents):
 
 
 _chunk_kda.defvjp(_forward_rule, _backward_rule)
+
+
+def _enter(options: _Options, inputs: _Inputs, operands: _Operands, state: Float[Array, "B HV V K"]):
+    """(state that enters, what the backward needs of it): the caller's, or that of the devices before."""
+    if options.axis is None:
+        return state, None
+    continued = relay.continues(inputs.segment_ids, options.axis)
+    added, applied = _span_map(operands, _dot(inputs))
+    applied = relay.keep(continued, applied)
+    state = relay.keep(continued, relay.entering_state(added, applied, options.axis))
+    return state, _Span(state, applied, continued)
+
+
+def _leave(options: _Options, span: _Span, d_entering: Float[Array, "B HV V K"]) -> Float[Array, "B HV V K"]:
+    """What the devices behind add to the gradient of the final state."""
+    return relay.leaving_gradient(relay.keep(span.continued, d_entering), span.applied, options.axis)
+
+
+def _span_map(operands: _Operands, dot: Dot) -> tuple[Float[Array, "B HV V K"], Float[Array, "B HV K K"]]:
+    """(H, M) of all chunks: a state S leaves them as S M + H. One scan finds both, H from zero and M without values."""
+    _, B, HV, _, V = operands.v.shape
+    K = operands.k_in.shape[-1]
+
+    def chunk(maps, x):
+        values = jnp.pad(x.v, ((0, 0), (0, 0), (0, 0), (0, K)))
+        return _update(maps, x._replace(v=values), dot)[1], None
+
+    first = jnp.broadcast_to(jnp.eye(V + K, K, -V, dtype=operands.v.dtype), (B, HV, V + K, K))
+    maps, _ = lax.scan(chunk, first, operands)
+    return maps[..., :V, :], maps[..., V:, :]
 
 
 def _dot(inputs: _Inputs) -> Dot:

@@ -115,14 +115,14 @@ def run_segments(prepared: Prepared, v, beta, code, entering, *, keep: bool, spl
     return o, states.reshape(BH, segments, V, K), tuple(kept) if keep else None
 
 
-def segment_maps(prepared: Prepared, v, beta, code, *, segments: int):
+def segment_maps(prepared: Prepared, v, beta, code, *, segments: int, last: bool = False):
     """See `segments_mosaic_gpu.segment_maps`."""
     V, (BH, _, _, K) = v.shape[-1], prepared.kg.shape
     values = _values(v, code)
     values = jnp.concatenate([values, jnp.zeros((*values.shape[:-1], K), values.dtype)], -1)
     first = jnp.broadcast_to(jnp.eye(V + K, K, -V), (BH * segments, V + K, K))
     maps, _ = _advance(first, *(_cut(x, segments) for x in (*prepared, beta, values)))
-    maps = maps.reshape(BH, segments, V + K, K)[:, :-1]
+    maps = maps.reshape(BH, segments, V + K, K)[:, : segments if last else segments - 1]
     return maps[:, :, :V], maps[:, :, V:]
 
 

@@ -207,21 +207,14 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
     B, T, H, K = q.shape
     HV = g.shape[2]
     code = jnp.zeros((B, T // C, C), jnp.int32) if code is None else code
-    size = cotangent_scale(do, dfinal, (code == PADDING).reshape(B, T))
-    split = lambda x: x.reshape(B, HV, *x.shape[1:])
-    beta, h, r, *prepared = map(split, (beta, h, r, *prepared))
-
-    def by_chunk(x):  # [B, T, heads, ...] to [B, HV, N, C, ...]
-        x = jnp.repeat(jnp.moveaxis(x, 2, 1), HV // x.shape[2], axis=1)
-        return x.reshape(B, HV, T // C, C, *x.shape[3:])
+    size, cotangent, ds, p, dinitial = _chain(beta, code, prepared, do, dfinal)
+    by_chunk = partial(_by_chunk, heads=HV)
+    beta, h, r, *prepared = (x.reshape(B, HV, *x.shape[1:]) for x in (beta, h, r, *prepared))
 
     def by_token(x):
         return jnp.moveaxis(x.reshape(B, HV, T, *x.shape[4:]), 1, 2)
 
     code = code[:, None]
-    cotangent = jnp.where((code != PADDING)[..., None], by_chunk(do).astype(f32) * size[:, :, None, None, None], 0)
-    cotangent = cotangent.astype(f16)
-    ds, p, dinitial = reverse(*prepared, beta, cotangent, dfinal * size[:, :, None, None])
     if gate is not None:
         gate = dataclasses.replace(gate, dt_bias=gate.dt_bias.astype(f32))
     dq, dk, dv, dg, dbeta, da_log, ddt_bias = chunk_gradients(
@@ -234,5 +227,30 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
         da_log = None
     return Gradients(
         *(of_head(dq), of_head(dk), by_token(dv).astype(do.dtype), by_token(dg).astype(g.dtype)),
-        *(dbeta.reshape(B * HV, T // C, C), da_log, ddt_bias, dinitial / size[:, :, None, None]),
+        *(dbeta.reshape(B * HV, T // C, C), da_log, ddt_bias, dinitial),
     )
+
+
+def entering_gradient(beta, code, prepared, do, dfinal):
+    """See `chunk_mosaic_gpu_vjp.entering_gradient`."""
+    B, T = do.shape[:2]
+    code = jnp.zeros((B, T // C, C), jnp.int32) if code is None else code
+    return _chain(beta, code, prepared, do, dfinal)[-1]
+
+
+def _chain(beta, code, prepared, do, dfinal):
+    """(scale, scaled cotangent by chunk, ds and p of `reverse`, gradient of the initial state)."""
+    B, T, HV = do.shape[:3]
+    size = cotangent_scale(do, dfinal, (code == PADDING).reshape(B, T))
+    beta, *prepared = (x.reshape(B, HV, *x.shape[1:]) for x in (beta, *prepared))
+    cotangent = _by_chunk(do, HV).astype(f32) * size[:, :, None, None, None]
+    cotangent = jnp.where((code[:, None] != PADDING)[..., None], cotangent, 0).astype(f16)
+    ds, p, dinitial = reverse(*prepared, beta, cotangent, dfinal * size[:, :, None, None])
+    return size, cotangent, ds, p, dinitial / size[:, :, None, None]
+
+
+def _by_chunk(x, heads: int):
+    """[B, T, H, ...] to [B, heads, N, C, ...], each head repeated for those that share it."""
+    B, T, H = x.shape[:3]
+    x = jnp.repeat(jnp.moveaxis(x, 2, 1), heads // H, axis=1)
+    return x.reshape(B, heads, T // C, C, *x.shape[3:])

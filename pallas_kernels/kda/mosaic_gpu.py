@@ -11,10 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import relay
 from pallas_kernels.batching import by_rows
 from pallas_kernels.hopper import refuse_device
 from pallas_kernels.kda.chunk_mosaic_gpu import STRIP
-from pallas_kernels.kda.chunk_mosaic_gpu_vjp import backward
+from pallas_kernels.kda.chunk_mosaic_gpu_vjp import backward, entering_gradient
 from pallas_kernels.kda.gates import Gate
 from pallas_kernels.kda.prepare_mosaic_gpu import PADDING, RESET, C, prepare
 from pallas_kernels.kda.segments_mosaic_gpu import recur
@@ -34,6 +35,8 @@ class Options(NamedTuple):
     prepare: Callable = prepare
     recur: Callable = recur
     backward: Callable = backward
+    entering_gradient: Callable = entering_gradient
+    axis: str | None = None  # over which time is cut, see `pallas_kernels.relay`
 
 
 def refuse(q, k, v, g, beta, *, tile, **_) -> str | None:
@@ -67,10 +70,11 @@ def chunk_kda(
     segment_ids: Int[Array, "B T"] | None,
     normalize_qk: bool,
     tile: int | None,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
     """See `pallas_kernels.kda.api.chunk_kda`. What the forward keeps for the backward: 1.8 KB per token and head."""
     del tile
-    options = Options(float(scale), normalize_qk)
+    options = Options(float(scale), normalize_qk, axis=axis)
     return padded(options, q, k, v, g, beta, gate, initial_state, segment_ids)
 
 
@@ -104,11 +108,13 @@ def padded(options: Options, q, k, v, g, beta, gate: Gate, initial_state, segmen
         gate = dataclasses.replace(gate, dt_bias=jnp.pad(gate.dt_bias, ((0, 0), (0, keys))))
     if initial_state is not None and (keys or values):
         initial_state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, values), (0, keys)))
-    arrays = (q, k, v, g, beta, gate_of_rows(gate, q.shape[0]), initial_state, code)
+    continued = relay.continues(segment_ids, options.axis) if options.axis else None
+    arrays = (q, k, v, g, beta, gate_of_rows(gate, q.shape[0]), initial_state, code, continued)
     if every is None:
         o, final = _core(options, *arrays)
+        final = relay.of_last_device(final, options.axis) if options.axis else final
         return o[:, :T, :, :V], final[:, :, :V, :K]
-    o, final, (_, _, entering, _) = forward(options, *arrays, keep=True)
+    o, final, (_, _, entering, _), _ = forward(options, *arrays, keep=True)
     states = jnp.concatenate([_split_heads(entering, final).astype(final.dtype), final[:, :, None]], 2)
     states = jnp.moveaxis(states[:, :, every // C : T // C + 1 : every // C], 1, 2)
     return o[:, :T, :, :V], final[:, :, :V, :K], states[..., :V, :K]
@@ -134,21 +140,22 @@ def pad_code(segment_ids, batch: int, length: int, extra: int) -> Int[Array, "B 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _core(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code):
-    return forward(options, q, k, v, g, beta, gate, initial_state, code, keep=False)[:2]
+def _core(options: Options, *inputs):
+    return forward(options, *inputs, keep=False)[:2]
 
 
-def forward(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code, *, keep: bool):
+def forward(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code, continued=None, *, keep: bool):
     """Both kernels, on whole chunks and tiles; the gate has the rows of the batch first.
 
     Returns:
-      (o, final state [B, HV, V, K], residuals or None): residuals are (prepared, beta per chunk, entering states, R).
+      (o, final state [B, HV, V, K], residuals or None, M of this device's span or None): residuals are (prepared, beta
+      per chunk, entering states, R).
     """
     run = by_rows(functools.partial(_run_kernels, options, keep))
-    return run(q, k, v, g, beta, gate, initial_state, code)
+    return run(q, k, v, g, beta, gate, initial_state, code, continued)
 
 
-def _run_kernels(options: Options, keep: bool, q, k, v, g, beta, gate: Gate, initial_state, code):
+def _run_kernels(options: Options, keep: bool, q, k, v, g, beta, gate: Gate, initial_state, code, continued):
     B, T, HV, V = v.shape
     steps = jnp.moveaxis(beta.astype(jnp.float32), 2, 1).reshape(B, HV, T // C, C)
     if code is not None:
@@ -157,28 +164,40 @@ def _run_kernels(options: Options, keep: bool, q, k, v, g, beta, gate: Gate, ini
     prepared = options.prepare(q, k, g, steps, code, gate, scale=options.scale, normalize_qk=options.normalize_qk)
     first = None if initial_state is None else initial_state.astype(jnp.float32).reshape(B * HV, V, -1)
     split = 2 if V == 2 * STRIP and B * HV <= FEW_HEADS else 1
-    o, final, kept = options.recur(prepared, v, steps, code, first, keep=keep, split=split)
+    enter = functools.partial(_enter, options.axis, continued, (B, HV)) if options.axis else None
+    o, final, kept, applied = options.recur(prepared, v, steps, code, first, keep=keep, split=split, enter=enter)
     residuals = (prepared, steps, *kept) if keep else None
-    return o, final.reshape(B, HV, V, -1), residuals
+    return o, final.reshape(B, HV, V, -1), residuals, applied
 
 
-def _core_forward(options: Options, q, k, v, g, beta, gate, initial_state, code):
-    inputs = (q, k, v, g, beta, gate, initial_state, code)
-    o, final, kept = forward(options, *inputs, keep=True)
+def _enter(axis: str, continued, heads: tuple[int, int], added, applied):
+    """(state from the devices before, M as the backward needs it), given the map of this device's span."""
+    added, applied = (x.reshape(*heads, *x.shape[1:]) for x in (added, applied))
+    applied = relay.keep(continued, applied)
+    state = relay.keep(continued, relay.entering_state(added, applied, axis))
+    return state.reshape(-1, *state.shape[2:]), applied
+
+
+def _core_forward(options: Options, *inputs):
+    o, final, *kept = forward(options, *inputs, keep=True)
     o, kept = jax.tree.map(lambda x: checkpoint_name(x, "operators"), (o, kept))  # kept or recomputed by that name
-    return (o, final), (inputs, kept)
+    return (o, final), (inputs, *kept)
 
 
 def _core_backward(options: Options, residuals, cotangents):
-    (q, k, _, g, beta, gate, initial_state, code), (prepared, steps, states, errors) = residuals
+    inputs, (prepared, steps, states, errors), applied = residuals
+    q, k, _, g, beta, gate, initial_state, code, continued = inputs
     d_o, d_final = cotangents
+    if options.axis:
+        d_entering = by_rows(options.entering_gradient)(steps, code, prepared, d_o, d_final)
+        d_final += relay.leaving_gradient(relay.keep(continued, d_entering), applied, options.axis)
     B, T, HV = beta.shape
     backward = functools.partial(options.backward, scale=options.scale, normalize_qk=options.normalize_qk)
     d = by_rows(backward)(q, k, g, steps, code, gate, prepared, states, errors, d_o, d_final)
     d_beta = jnp.moveaxis(d.beta.reshape(B, HV, T), 1, 2).astype(beta.dtype)
     d_gate = None if gate is None else dataclasses.replace(gate, a_log=d.a_log, dt_bias=d.dt_bias)
     d_initial = None if initial_state is None else d.initial_state.astype(initial_state.dtype)
-    return d.q, d.k, d.v, d.g, d_beta, d_gate, d_initial, None
+    return d.q, d.k, d.v, d.g, d_beta, d_gate, d_initial, None, None
 
 
 _core.defvjp(_core_forward, _core_backward)

@@ -5,6 +5,7 @@ recurrence is linear: H is where it takes a zero state, M where it takes the ide
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,8 @@ def recur(
     segments: int | None = None,
     run: Callable = run_segments,
     find_maps: Callable | None = None,
-) -> tuple[Float[Array, "B T HV V"], Float[Array, "BH V K"], tuple[Array, Array] | None]:
+    enter: Callable | None = None,
+) -> tuple[Float[Array, "B T HV V"], Float[Array, "BH V K"], tuple[Array, Array] | None, Any]:
     """Runs the recurrence, over as many segments at once as pays.
 
     Args:
@@ -60,27 +62,43 @@ def recur(
       initial_state: float32; None: zero.
       segments: None: as many as pay.
       run, find_maps: the kernels, or their mirrors on a CPU.
+      enter: (H, M) of the whole sequence -> (the state that enters it, anything), in place of `initial_state`, for a
+        sequence that begins on other devices; None: it begins here.
 
     Returns:
-      As `run_segments`, with the last state only.
+      As `run_segments`, with the last state only; and what else `enter` returned, or None.
     """
     BH, N = beta.shape[:2]
-    count = count_segments(N, BH * split) if segments is None else segments
-    entering = None if initial_state is None else initial_state[:, None]
-    if count > 1:
-        maps = (find_maps or segment_maps)(prepared, v, beta, code, segments=count)
-        entering = entering_states(initial_state, *maps)
+    count = count_segments(N, BH * split, mapped=enter is not None) if segments is None else segments
+    entering, found = None if initial_state is None else initial_state[:, None], None
+    if count > 1 or enter is not None:
+        added, applied = (find_maps or segment_maps)(prepared, v, beta, code, segments=count, last=enter is not None)
+        if enter is not None:
+            initial_state, found = enter(*join_maps(added, applied))
+            added, applied = added[:, :-1], applied[:, :-1]
+        entering = entering_states(initial_state, added, applied)
     o, states, kept = run(prepared, v, beta, code, entering, keep=keep, split=split, segments=count)
-    return o, states[:, -1], kept
+    return o, states[:, -1], kept, found
 
 
-def count_segments(chunks: int, blocks: int) -> int:
+def count_segments(chunks: int, blocks: int, *, mapped: bool = False) -> int:
     """How many segments to cut `chunks` into when one would keep `blocks` multiprocessors busy.
 
-    All chunks of a segment run twice, so fewer than three segments never pay.
+    All chunks of a segment run twice, so fewer than three segments never pay; with `mapped` they do so in any case.
     """
-    count = max((n for n in range(3, BLOCKS // blocks + 1) if chunks % n == 0), default=1)
-    return count if chunks - 2 * (chunks // count) >= WORTH else 1
+    fitting = [n for n in range(1, BLOCKS // blocks + 1) if chunks % n == 0]
+    count = max(fitting, default=1)
+    return count if mapped or (count > 2 and chunks - 2 * (chunks // count) >= WORTH) else 1
+
+
+def join_maps(
+    added: Float[Array, "BH S V K"], applied: Float[Array, "BH S K K"]
+) -> tuple[Float[Array, "BH V K"], Float[Array, "BH K K"]]:
+    """(H, M) of S segments one after the other."""
+    V, K = added.shape[2:]
+    nothing_and_identity = jnp.broadcast_to(jnp.eye(V + K, K, -V), (len(added), V + K, K))
+    joined = entering_states(nothing_and_identity, jnp.pad(added, ((0, 0), (0, 0), (0, K), (0, 0))), applied)[:, -1]
+    return joined[:, :V], joined[:, V:]
 
 
 def entering_states(
@@ -101,11 +119,12 @@ def segment_maps(
     code: Int[Array, "B N C"] | None,
     *,
     segments: int,
+    last: bool = False,
 ) -> tuple[Float[Array, "BH S V K"], Float[Array, "BH S K K"]]:
-    """(H, M) of every segment but the last, V first: a state S [V, K] leaves as S M + H. Float32."""
+    """(H, M) of every segment, of the `last` one on request, V first: a state S [V, K] leaves as S M + H. Float32."""
     B, _, HV, V = v.shape
     BH, N, _, K = prepared.kg.shape
-    length, parts = N // segments, V // STRIP
+    length, parts, found = N // segments, V // STRIP, segments if last else segments - 1
     inputs = [prepared.kg, prepared.kr, prepared.t, prepared.gamma]
     inputs += [mark_padding(beta, code, HV), v.reshape(B, N, C, HV, V)]
 
@@ -144,8 +163,8 @@ def segment_maps(
 
     launch = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((BH, segments - 1, V + K, K), f32),
-        grid=(BH, segments - 1, parts + K // STRIP),
+        out_type=jax.ShapeDtypeStruct((BH, found, V + K, K), f32),
+        grid=(BH, found, parts + K // STRIP),
         grid_names=("head", "segment", "part"),
         num_threads=2,
         thread_name="strip",

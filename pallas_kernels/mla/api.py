@@ -1,12 +1,23 @@
 """Public entry of multi-head latent attention: signatures, argument checks and the tables of implementations."""
 
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.mla import cudnn, mosaic_gpu, xla
-from pallas_kernels.partition import Axes
+from pallas_kernels.partition import Axes, partition
 
-__all__ = ["ABSORBED_IMPLEMENTATIONS", "IMPLEMENTATIONS", "mla_absorbed_attention", "mla_attention"]
+__all__ = [
+    "ABSORBED_IMPLEMENTATIONS",
+    "IMPLEMENTATIONS",
+    "mla_absorbed_attention",
+    "mla_attention",
+    "mla_latent_attention",
+]
 
 # Fastest first.
 IMPLEMENTATIONS = {
@@ -17,6 +28,7 @@ IMPLEMENTATIONS = {
 ABSORBED_IMPLEMENTATIONS = {"xla": Implementation(xla.mla_absorbed_attention)}
 MASKS = {"segment_ids": "B", "key_segment_ids": "B"}
 AXES = Axes(("B-H", "B-H", "B-H", "B", "B-H"), ("B-H", "H^B"), MASKS)
+LATENT_AXES = Axes(("BTH", "BTH", "BT", "BT", "-E"), ("BTH", "E^B"), {"segment_ids": "BT"}, exchanges=True)
 ABSORBED_AXES = Axes(("B-H", "B-H", "B", "B"), ("B-H", "H^B"), MASKS)
 
 
@@ -69,6 +81,49 @@ def mla_attention(
     masks = {"segment_ids": segment_ids, "key_segment_ids": key_segment_ids, "query_offset": query_offset}
     arrays = (q_nope, q_shared, k_nope, k_shared, v)
     return call("mla_attention", IMPLEMENTATIONS, implementation, *arrays, axes=AXES, scale=scale, **masks)
+
+
+def mla_latent_attention(
+    q_nope: Float[Array, "B T H N"],
+    q_shared: Float[Array, "B T H P"],
+    latent: Float[Array, "B T R"],
+    k_shared: Float[Array, "B T P"],
+    up: Float[Array, "R H N+V"],
+    *,
+    expand: Callable,
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H V"], Float[Array, "H"]]:
+    """Runs `mla_attention` of the tokens on themselves, with the keys and values that their latents expand to.
+
+    Where devices have a part of the tokens each, latents go to all of them and queries to the one that has their head;
+    it expands the latents for its heads alone, and the results go back. So all devices have the same work, wherever
+    documents begin, and no keys or values travel.
+
+    Args:
+      up: makes keys and values of the latents; the number of its heads on a device must divide over those that share
+        the tokens.
+      expand: (latent, up) -> keys beside values, [B, T, H, N + V].
+      The others: as in `mla_attention`.
+    """
+    settings = {"expand": expand, "scale": scale, "segment_ids": segment_ids}
+    attend = functools.partial(_attend_latents, implementation)
+    return partition(attend, LATENT_AXES, (q_nope, q_shared, latent, k_shared, up), settings)
+
+
+def _attend_latents(
+    implementation: str, q_nope, q_shared, latent, k_shared, up, *, expand, scale, segment_ids, axis: str | None = None
+):
+    N = q_nope.shape[-1]
+    if axis is not None:
+        q = jnp.concatenate([q_nope, q_shared], -1)
+        q_nope, q_shared = jnp.split(lax.all_to_all(q, axis, split_axis=2, concat_axis=1, tiled=True), [N], -1)
+        latent, k_shared, segment_ids = lax.all_gather((latent, k_shared, segment_ids), axis, axis=1, tiled=True)
+    k_nope, v = jnp.split(expand(latent, up), [N], -1)
+    settings = {"scale": scale, "segment_ids": segment_ids, "implementation": implementation}
+    o, max_logit = mla_attention(q_nope, q_shared, k_nope, k_shared, v, **settings)
+    return o if axis is None else lax.all_to_all(o, axis, split_axis=1, concat_axis=2, tiled=True), max_logit
 
 
 def mla_absorbed_attention(

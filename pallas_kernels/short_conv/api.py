@@ -6,18 +6,20 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.partition import Axes
 from pallas_kernels.short_conv import mosaic_gpu, reference, xla
+from pallas_kernels.short_conv.spans import over_spans
 
 __all__ = ["IMPLEMENTATIONS", "STEP_IMPLEMENTATIONS", "short_conv"]
 
 # Fastest first.
 IMPLEMENTATIONS = {
-    "mosaic_gpu": Implementation(mosaic_gpu.short_conv, mosaic_gpu.refuse),
-    "xla": Implementation(xla.short_conv),
-    "reference": Implementation(reference.short_conv),
+    "mosaic_gpu": Implementation(over_spans(mosaic_gpu.short_conv), mosaic_gpu.refuse),
+    "xla": Implementation(over_spans(xla.short_conv)),
+    "reference": Implementation(over_spans(reference.short_conv)),
 }
 # One token, as in decoding: XLA makes a single kernel of it.
 STEP_IMPLEMENTATIONS = {name: IMPLEMENTATIONS[name] for name in ("xla", "reference")}
-AXES = Axes(("B-H", "H"), ("B-H", "B-H"), {"cache": "B-H", "segment_ids": "B"})
+AXES = Axes(("BTH", "H"), ("BTH", "B-H"), {"segment_ids": "BT"}, exchanges=True)
+CONTINUED_AXES = Axes(("B-H", "H"), ("B-H", "B-H"), {"cache": "B-H", "segment_ids": "B"})
 
 
 def short_conv(
@@ -51,7 +53,8 @@ def short_conv(
     _check(x, weight, cache, segment_ids)
     implementations = IMPLEMENTATIONS if x.shape[1] > 1 else STEP_IMPLEMENTATIONS
     optional = {"cache": cache, "segment_ids": segment_ids}
-    return call("short_conv", implementations, implementation, x, weight, axes=AXES, **optional)
+    axes = AXES if cache is None else CONTINUED_AXES
+    return call("short_conv", implementations, implementation, x, weight, axes=axes, **optional)
 
 
 def _check(x, weight, cache, segment_ids) -> None:

@@ -152,26 +152,24 @@ def _convolve_forward(x, taps, history, order, reach):
 
 def _convolve_backward(saved, dy):
     x, taps, history, order, reach = saved
-    if history is not None:  # nobody trains through a cache: plain JAX
-        ids = None if order is None else _ids(order, reach)
-        return *jax.vjp(functools.partial(jax.vmap(_plain_row), ids), x, taps, history)[1](dy), None, None
-    dx, d_taps = gradients(x, taps, dy, order, reach)
-    return dx, d_taps, None, None, None
+    if history is None:
+        return *gradients(x, taps, dy, order, reach), None, None, None
+    (B, _, _), before = x.shape, history.shape[1]
+    row, place = (lax.broadcasted_iota(i32, (B, before), axis) for axis in (0, 1))
+    head = row, place if order is None else order[:, :before]  # the tokens that may see the history: plain JAX
+    near = None if reach is None else reach[:, :before]
+    x_head, dy_head = (z[head] if near is None else jnp.where((near >= 0)[..., None], z[head], 0) for z in (x, dy))
+    convolve_head = lambda padded, taps: jax.vmap(_convolve_row)(padded, taps, near)
+    d_padded, d_head = jax.vjp(convolve_head, jnp.concatenate([history, x_head], axis=1), taps)[1](dy_head)
+    dx, d_taps = gradients(x, taps, dy.at[head].set(0), order, reach)
+    return dx.at[head].add(d_padded[:, before:]), d_taps + d_head, d_padded[:, :before], None, None
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _plain_row(ids, x, taps, history):
-    x, history, ids = jax.tree.map(lambda a: a[None], (x, history, ids))
-    return xla.short_conv(x, taps.T, cache=history, segment_ids=ids)[0][0]
-
-
-def _ids(order, reach):
-    """Segment ids that say the same as `order` and `reach`; a document is known by where it starts."""
-    fresh = (reach == 0).astype(i32)
-    ids = jnp.where(reach < 0, 0, 1 + jnp.cumsum(fresh, axis=1))
-    return jnp.zeros_like(ids).at[lax.broadcasted_iota(i32, ids.shape, 0), order].set(ids, unique_indices=True)
+def _convolve_row(padded, taps, reach):
+    return xla.convolve(padded[None], taps.T, reach=None if reach is None else reach[None])[0]
 
 
 def gradients(x, taps, dy, order, reach) -> tuple[Float[Array, "B T D"], Float[Array, "B W D"]]:

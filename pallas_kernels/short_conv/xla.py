@@ -26,7 +26,7 @@ def short_conv(
     history = jnp.zeros((B, W - 1, D), x.dtype) if cache is None else cache.astype(x.dtype)
     if segment_ids is None:
         padded = jnp.concatenate([history, x], axis=1)
-        return _convolve(padded, weight, None), padded[:, T:]
+        return convolve(padded, weight, None), padded[:, T:]
     valid, starts = segment_ids != 0, segment_starts(segment_ids)
     x = jnp.where(valid[..., None], x, 0)
     holes = _has_holes(valid, starts, cache is not None)
@@ -35,7 +35,7 @@ def short_conv(
     x = lax.cond(holes, lambda: _permute(x, order, back), lambda: x)
     reach = _reach(jnp.take_along_axis(starts, order, axis=1), W)
     padded = jnp.concatenate([history, x], axis=1)
-    y = _convolve(padded, weight, reach)
+    y = convolve(padded, weight, reach)
     y = lax.cond(holes, lambda: _permute(y, back, order), lambda: y)
     still_valid = jnp.take_along_axis(valid, order, axis=1)
     return jnp.where(valid[..., None], y, 0), _last_inputs(padded, still_valid, reach, W)
@@ -86,7 +86,7 @@ _permute.defvjp(
 
 
 @jax.custom_vjp
-def _convolve(
+def convolve(
     padded: Float[Array, "B T+W-1 D"], weight: Float[Array, "D W"], reach: Int[Array, "B T"] | None
 ) -> Float[Array, "B T D"]:
     """silu of the convolution; the first W-1 tokens of `padded` are history. The backward keeps only the inputs."""
@@ -111,7 +111,7 @@ def _linear(padded, weight, reach) -> Float[Array, "B T D"]:
 
 
 def _convolve_forward(padded, weight, reach):
-    return _convolve(padded, weight, reach), (padded, weight, reach)
+    return convolve(padded, weight, reach), (padded, weight, reach)
 
 
 def _convolve_backward(saved, dy):
@@ -167,4 +167,4 @@ def _tap_gradients_cpu(padded, d_linear, reach) -> Float[Array, "W D"]:
     return jnp.stack([jnp.sum(x, axis=(0, 1)) for x in lax.fori_loop(0, (T + tail) // CPU_BLOCK, block, zeros)])
 
 
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+convolve.defvjp(_convolve_forward, _convolve_backward)

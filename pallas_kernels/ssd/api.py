@@ -9,11 +9,17 @@ from pallas_kernels.ssd import chunked, reference
 
 __all__ = ["IMPLEMENTATIONS", "chunk_ssd"]
 
+
+def _refuse_spans(*arrays, axis: str | None = None, **_) -> str | None:
+    return f"{axis=}: this form runs on one device" if axis else None
+
+
 IMPLEMENTATIONS = {  # fastest first
     "chunked": Implementation(chunked.chunk_ssd, chunked.refuse),
-    "reference": Implementation(reference.chunk_ssd),
+    "reference": Implementation(reference.chunk_ssd, _refuse_spans),
 }
-AXES = Axes(("B-H",) * 5, ("B-H", "BH"), {"initial_state": "BH", "segment_ids": "B"})
+AXES = Axes(("BTH",) * 5, ("BTH", "BH"), {"segment_ids": "BT"}, exchanges=True)
+CONTINUED_AXES = Axes(("B-H",) * 5, ("B-H", "BH"), {"initial_state": "BH", "segment_ids": "B"})
 
 
 def chunk_ssd(
@@ -57,7 +63,8 @@ def chunk_ssd(
     _check(q, k, v, g, beta, initial_state, segment_ids)
     settings = {"initial_state": initial_state, "segment_ids": segment_ids, "tile": tile}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return call("chunk_ssd", IMPLEMENTATIONS, implementation, q, k, v, g, beta, scale=scale, axes=AXES, **settings)
+    settings |= {"scale": scale, "axes": AXES if initial_state is None else CONTINUED_AXES}
+    return call("chunk_ssd", IMPLEMENTATIONS, implementation, q, k, v, g, beta, **settings)
 
 
 def _check(q, k, v, g, beta, initial_state, segment_ids) -> None:

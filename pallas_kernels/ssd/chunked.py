@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import relay
 from pallas_kernels.segments import segment_starts
 
 CHUNK = 64  # tokens per chunk unless the caller says otherwise
@@ -31,6 +32,7 @@ def chunk_ssd(
     initial_state: Float[Array, "B HV V K"] | None,
     segment_ids: Int[Array, "B T"] | None,
     tile: int | None,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
     """See `pallas_kernels.ssd.api.chunk_ssd`; the backward pass keeps one state per chunk and recomputes the rest."""
     B, T, H, K = q.shape
@@ -55,9 +57,26 @@ def chunk_ssd(
 
     first = jnp.zeros((B, HV, V, K), dtype) if initial_state is None else initial_state.astype(dtype)
     inputs = (split(starts), *(split(clean(x)) for x in (q, k, v, g, beta)))
+    if axis is not None:
+        first = _state_of_devices_before(jax.lax.scan(body, first, inputs)[0], clean(g), segment_ids, axis)
     final, o = jax.lax.scan(body, first, inputs)
     o = jnp.moveaxis(o, 0, 1).reshape(B, -1, HV, V)[:, :T]
-    return clean(o).astype(v.dtype), final
+    return clean(o).astype(v.dtype), relay.of_last_device(final, axis) if axis else final
+
+
+def _state_of_devices_before(
+    added: Float[Array, "B HV V K"], g: Float[Array, "B T HV"], segment_ids: Int[Array, "B T"] | None, axis: str
+) -> Float[Array, "B HV V K"]:
+    """The state that enters this device's span; it leaves the span decayed by all of g, plus `added`.
+
+    `added` is what a pass from a zero state ends with: XLA drops the outputs of that pass.
+    """
+    decay = jnp.exp(jnp.sum(g.astype(added.dtype), axis=1))
+    continued = relay.continues(segment_ids, axis)
+    if segment_ids is not None:
+        decay = jnp.where(jnp.any(segment_starts(segment_ids), axis=1, keepdims=True), 0, relay.keep(continued, decay))
+    applied = decay[..., None, None] * jnp.eye(added.shape[-1], dtype=added.dtype)[None, None]
+    return relay.keep(continued, relay.entering_state(added, applied, axis))
 
 
 def _run_chunk(state: Float[Array, "B H V K"], q, k, v, g, beta, starts: Bool[Array, "B C"]):

@@ -126,7 +126,7 @@ def _segmented(case, inputs, prepare, recur, segments):
     gate = mosaic_gpu.gate_of_rows(make_gate(case, inputs), B)
     prepared = prepare(*inputs[:2], inputs.g, steps, code, gate, scale=0.1, normalize_qk=True)
     first = inputs.initial_state.reshape(B * HV, V, -1)
-    o, final, (entering, _) = recur(prepared, inputs.v, steps, code, first, keep=True, split=1, segments=segments)
+    o, final, (entering, _), _ = recur(prepared, inputs.v, steps, code, first, keep=True, split=1, segments=segments)
     return o, final, entering
 
 

@@ -1,0 +1,41 @@
+"""Short convolution of a sequence that is cut in time over devices: each needs the last inputs of those before it."""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import relay
+from pallas_kernels.segments import segment_starts
+
+
+def over_spans(convolve: Callable) -> Callable:
+    """Makes an implementation of `short_conv` take `axis`, over which tokens are cut: see `partition.Axes`."""
+
+    @functools.wraps(convolve)
+    def run(x, weight, *, cache, segment_ids, axis: str | None = None):
+        if axis is None:
+            return convolve(x, weight, cache=cache, segment_ids=segment_ids)
+        last, number = last_inputs(x, segment_ids, weight.shape[1] - 1)
+        cache = relay.entering_inputs(last, number, relay.continues(segment_ids, axis), axis)
+        y, cache = convolve(x, weight, cache=cache, segment_ids=segment_ids)
+        return y, relay.of_last_device(cache, axis)
+
+    return run
+
+
+def last_inputs(
+    x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, number: int
+) -> tuple[Float[Array, "B N D"], Int[Array, "B"]]:
+    """The last N inputs of the last document of x, zero before its start; see `relay.entering_inputs`."""
+    B, T, _ = x.shape
+    ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    tokens, starts = ids != 0, segment_starts(ids)
+    behind = jnp.cumsum(tokens[:, ::-1], axis=1)[:, ::-1]  # tokens from here on
+    wanted = tokens[:, None] & (behind[:, None] == jnp.arange(number, 0, -1)[None, :, None])
+    place = jnp.argmax(wanted, axis=2)
+    document = jnp.cumsum(starts, axis=1)
+    mine = jnp.any(wanted, axis=2) & (jnp.take_along_axis(document, place, axis=1) == document[:, -1:])
+    last = jnp.where(mine[..., None], jnp.take_along_axis(x, place[..., None], axis=1), 0)
+    return last, jnp.where(document[:, -1] > 0, number, jnp.minimum(behind[:, 0], number))
