@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kimi_jax.config.load import dump, json_schema, load
 from kimi_jax.config.train import RunConfig
-from kimi_jax.errors import exit_on_user_error
+from kimi_jax.errors import exit_on_user_error, positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -18,6 +18,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help="default: auto")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--json-schema", action="store_true", help="print the schema of config files and stop")
+    several = parser.add_argument_group("several processes", "found by themselves under Slurm and Open MPI")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num-processes", type=positive, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
     arguments = parser.parse_intermixed_args()
     if not arguments.config and not arguments.json_schema:
         parser.error("name a config file")
@@ -36,9 +40,12 @@ def main() -> int:
     from kimi_jax.train import xla_flags
 
     xla_flags.apply_defaults()
-    from kimi_jax.train.loop import train  # after the config is known to be right: this imports jax
+    from kimi_jax.parallel import processes  # after the config is known to be right: this imports jax
+    from kimi_jax.train.loop import train
 
-    return train(cfg, arguments.run_dir or Path("runs") / arguments.config.stem, arguments.resume).exit_code
+    place = processes.find_place(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    with processes.joined(place, heartbeat_s=cfg.train.watchdog.heartbeat_s):
+        return train(cfg, arguments.run_dir or Path("runs") / arguments.config.stem, arguments.resume).exit_code
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from kimi_jax.config.base import Config
 from kimi_jax.config.data import DataConfig
+from kimi_jax.config.evaluation import Evaluation
 from kimi_jax.config.mesh import Mesh
 from kimi_jax.config.mixer import PositiveInt
 from kimi_jax.config.model import ModelConfig
@@ -75,6 +76,18 @@ class Checkpoints(Config):
     """The newest so many stay."""
 
 
+class Watchdog(Config):
+    """What happens when nothing happens."""
+
+    silence_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Seconds without a step, compilation included, after which each process writes the stacks of its threads to
+    `stacks/<process>.txt`; unset: never."""
+    exit: bool = True
+    """Whether the process then ends (exit code 1)."""
+    heartbeat_s: PositiveInt = 60
+    """Seconds without a sign of life after which a process is taken for dead, and the others end."""
+
+
 class Train(Config):
     """The loop."""
 
@@ -100,7 +113,10 @@ class Train(Config):
     non_finite: NonFinite = StopOnNonFinite()
     log_every: PositiveInt = 10
     validation: Validation = Validation()
+    evaluations: dict[str, Evaluation] = Field(default_factory=dict)
+    """What else is measured, by name."""
     checkpoints: Checkpoints = Checkpoints()
+    watchdog: Watchdog = Watchdog()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.batch_size % self.grad_accum:

@@ -49,6 +49,12 @@ class Dataset:
     process_count: int
 
     @property
+    def identity(self) -> dict[str, str | None]:
+        """Hashes of what the training and the validation examples are, wherever they lie."""
+        validation = self.validation and self.validation.content_sha256
+        return {"train": self.train.content_sha256, "validation": validation}
+
+    @property
     def _rows(self) -> int:
         return self.batch_size // self.process_count
 

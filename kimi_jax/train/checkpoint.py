@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kimi_jax.errors import UserError
+from kimi_jax.parallel.processes import on_main
 from kimi_jax.types import PyTree
 
 MODEL, OPTIMIZER, POSITION, METADATA = "model", "optimizer", "data", "metadata"
@@ -49,7 +50,7 @@ class CheckpointStore:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-            self._remove_unfinished()
+            on_main(self._remove_unfinished)
         handlers = {name: ocp.StandardCheckpointHandler() for name in (MODEL, OPTIMIZER)}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in (POSITION, METADATA)}
         self._writable = keep is not None
@@ -65,6 +66,8 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error and jax.process_count() > 1:  # the other processes may not come to end the write in progress
+            return
         with contextlib.suppress(Exception) if error else self._writing():  # the first error is the one to report
             self._manager.close()
 

@@ -99,3 +99,22 @@ def _validation_text(record: Record) -> str:
     text = f"validation {record['validation_loss_nats']:.4f}"
     bits = record.get("validation_bits_per_byte")
     return text if bits is None else f"{text} ({bits:.3f} bits per byte)"
+
+
+class Silence:
+    """What the processes of a run say that are not the first: nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        pass
+
+    def print(self, *objects: RenderableType) -> None:
+        pass
+
+    def start_steps(self, step: int) -> None:
+        pass
+
+    def show_step(self, record: Record, *, logged: bool) -> None:
+        pass

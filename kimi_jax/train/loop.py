@@ -2,9 +2,11 @@
 
 import collections
 import contextlib
+import functools
 import math
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,25 @@ from kimi_jax.config.train import RunConfig, SkipNonFinite
 from kimi_jax.data.pipeline import Batch, Dataset, build_dataset, save_tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.models.counts import count_flops
+from kimi_jax.parallel.feed import Share, StopVote, place, share_of_batch
 from kimi_jax.parallel.mesh import build_mesh, check_run
+from kimi_jax.parallel.processes import is_main, on_main
 from kimi_jax.parallel.rules import batch_sharding, sharding_table
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.devices import model_flops_utilization
-from kimi_jax.train.display import Display
+from kimi_jax.train.display import Display, Silence
 from kimi_jax.train.initial import load_initial
 from kimi_jax.train.metrics import Sink, open_sinks, read_metrics
 from kimi_jax.train.optimizer import assignment_table
 from kimi_jax.train.plot import plot_loss
 from kimi_jax.train.run_dir import Resume, RunDir, claim, record_start
-from kimi_jax.train.signals import StopRequest, catch_stop_signals
+from kimi_jax.train.signals import StopRequest, catch_stop_signals, exit_code
 from kimi_jax.train.state import Recipe, State
 from kimi_jax.train.step import build_eval_step, build_train_step
+from kimi_jax.train.watchdog import Watchdog
 
 LAG_STEPS = 2  # steps the host may run ahead: the device always has the next one queued
+STOP = "stop_signal"  # beside a step's metrics where several processes train
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def train(cfg: RunConfig, run_dir: str | Path, resume: Resume = "auto") -> Resul
     with contextlib.ExitStack() as stack:
         paths, changes = stack.enter_context(claim(Path(run_dir), cfg, resume))
         store = stack.enter_context(CheckpointStore(paths.checkpoints, keep=cfg.train.checkpoints.keep))
-        step = store.latest_step or 0
+        step = on_main(lambda: store.latest_step) or 0
         if resume == "must" and not step:
             raise UserError(f"run directory {paths.path}: --resume must, but there is no checkpoint in it")
         recipe = Recipe(cfg)
@@ -76,28 +82,30 @@ def train(cfg: RunConfig, run_dir: str | Path, resume: Resume = "auto") -> Resul
         mesh = build_mesh(cfg.mesh)
         check_run(mesh, cfg)
         stack.enter_context(jax.set_mesh(mesh))
-        data = build_dataset(cfg.data, batch_size=cfg.train.batch_size)
-        _check_vocabulary(cfg, data)
-        display = stack.enter_context(Display(paths.log, steps=cfg.train.steps))
-        loop = _Loop(recipe, mesh, data, store, paths, display)
+        share = share_of_batch(batch_sharding(mesh), (cfg.train.batch_size, cfg.data.seq_len))
+        data = _open_data(cfg, share)
+        display = stack.enter_context(Display(paths.log, steps=cfg.train.steps) if is_main() else Silence())
+        watchdog = stack.enter_context(Watchdog(cfg.train.watchdog, paths.path, jax.process_index()))
+        loop = _Loop(recipe, mesh, data, store, paths, display, watchdog)
         stack.callback(loop.iterator.close)
         loop.set_state(step)  # a checkpoint that cannot be used is found before anything is written
-        _announce(display, recipe, paths, record_start(paths, cfg), step, changes)
+        if is_main():
+            _announce(display, recipe, paths, record_start(paths, cfg), step, changes)
+            save_tokenizer(data, paths.tokenizer)  # so that the model can be used where the data is not
         if mesh.size > 1:
             display.print(sharding_table(loop.abstract_state["params"], recipe.logical_axes, mesh))
-        save_tokenizer(data, paths.tokenizer)  # so that the model can be used where the data is not
-        sinks = open_sinks(cfg, paths, last_step=step)
+        sinks = open_sinks(cfg, paths, last_step=step) if is_main() else ()
         for sink in sinks:
             stack.callback(sink.close)
         stop = stack.enter_context(catch_stop_signals())
         compile_s = loop.compile()
         loop.run(stop, sinks)
-        finished = loop.finish(stop)
+        finished = loop.finish()
         return Result(
             run_dir=paths,
             step=loop.step,
             finished=finished,
-            exit_code=0 if finished else stop.exit_code,
+            exit_code=0 if finished else exit_code(loop.stopped_by),
             num_params=_num_params(recipe),
             last=_last_record(paths),
             compile_s=compile_s,
@@ -108,15 +116,24 @@ class _Loop:
     """One process's part of a run: `set_state`, `compile`, `run`, `finish`, in this order."""
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh, data: Dataset, store: CheckpointStore, paths: RunDir, display: Display
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        data: Dataset,
+        store: CheckpointStore,
+        paths: RunDir,
+        display: Display | Silence,
+        watchdog: Watchdog,
     ):
         self.recipe, self.cfg, self.data, self.store = recipe, recipe.cfg.train, data, store
         self.abstract_state, self.batch_sharding = recipe.abstract_state(mesh), batch_sharding(mesh)
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        self.paths, self.display = paths, display
+        self.paths, self.display, self.watchdog = paths, display, watchdog
         self.sinks: Sequence[Sink] = ()
         self.iterator = data.train_iterator()
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self.vote = StopVote(mesh) if jax.process_count() > 1 else None
+        self.stopped_by: signal.Signals | None = None
         self.meter = _Meter()
         self.skipped_in_a_row = self.total_tokens = 0
 
@@ -130,6 +147,7 @@ class _Loop:
         restored = self.store.restore(step, self.abstract_state)
         self.state, self.total_tokens = restored.state, restored.metadata["total_tokens"]
         self.iterator.set_state(restored.position)
+        _check_same_data(restored.metadata.get("data", {}), self.data)
 
     def _first_state(self) -> State:
         if self.cfg.init_from is None:
@@ -165,17 +183,19 @@ class _Loop:
 
     def _place(self, batch: Batch) -> dict[str, jax.Array]:
         """Sends this process's rows of a batch to its devices."""
-        place = jax.make_array_from_process_local_data
-        return {name: place(self.batch_sharding, rows) for name, rows in batch.items()}
+        share = Share(self.data.process_index, self.data.process_count)
+        return {name: place(rows, share, self.batch_sharding) for name, rows in batch.items()}
 
     # -------------------------------------------------------------- steps
     def run(self, stop: StopRequest, sinks: Sequence[Sink]) -> None:
         """Takes steps until all are done or a signal comes; leaves a checkpoint of the last one."""
         self.sinks = sinks
         self.display.start_steps(self.step)
-        while self.step < self.cfg.steps and not stop:
+        while self.step < self.cfg.steps and not self._stopping(stop):
             self.state, metrics = self.train_step(self.state, self._place(next(self.iterator)))
             self.step += 1
+            if self.vote:
+                metrics |= {STOP: self.vote(stop.signal or 0)}
             self.pending.append((self.step, metrics))
             last = self.step == self.cfg.steps
             if last or self.step % self.cfg.validation.every == 0:
@@ -187,11 +207,20 @@ class _Loop:
         if self.step > self.saved_step:
             self._checkpoint()
 
+    def _stopping(self, stop: StopRequest) -> bool:
+        """Whether to end here; several processes go by what all of them have read from the same step."""
+        if not self.vote:
+            self.stopped_by = stop.signal
+        return self.stopped_by is not None
+
     def _settle(self, *, keep: int, validate: bool = False) -> None:
         """Fetches, checks and reports finished steps, oldest first, until `keep` are pending."""
         while len(self.pending) > keep:
             step, on_device = self.pending.popleft()
             numbers = {name: x.item() for name, x in jax.device_get(on_device).items()}
+            self.watchdog.feed(step)
+            if number := numbers.pop(STOP, 0):
+                self.stopped_by = signal.Signals(number)
             record = {"step": step, "loss_nats": numbers.pop("loss_nats"), **numbers}
             self._check_finite(record)
             self.meter.add(record["tokens"])
@@ -255,16 +284,18 @@ class _Loop:
         """Starts a checkpoint of the current step, all of whose metrics are known to be finite or skipped."""
         self._settle(keep=0)
         with self.meter.paused():
-            metadata = {"total_tokens": self.total_tokens, "config": self.recipe.cfg.model_dump(mode="json")}
+            config = self.recipe.cfg.model_dump(mode="json")
+            metadata = {"total_tokens": self.total_tokens, "config": config, "data": self.data.identity}
             self.store.save(self.step, self.state, self.iterator.get_state(), metadata)
             self.saved_step = self.step
-            self._plot()
+            if is_main():
+                self._plot()
 
     def _plot(self) -> None:
         plot_loss(read_metrics(self.paths.metrics), self.paths.loss_plot, title=self.paths.path.absolute().name)
 
     # -------------------------------------------------------------- end
-    def finish(self, stop: StopRequest) -> bool:
+    def finish(self) -> bool:
         """Waits for the checkpoint and says how it ended; returns whether all steps are done."""
         self.store.wait()
         finished = self.step == self.cfg.steps
@@ -274,7 +305,7 @@ class _Loop:
         else:
             saved = f"its checkpoint is {self.store.path(self.step)}" if self.step else "nothing to save"
             again = "the same command goes on from there"
-            self.display.print(f"{stop.signal.name}: stopped after step {self.step}; {saved}; {again}")
+            self.display.print(f"{self.stopped_by.name}: stopped after step {self.step}; {saved}; {again}")
         return finished
 
 
@@ -324,6 +355,23 @@ class _Meter:
         self.lap_seconds += seconds
 
 
+def _open_data(cfg: RunConfig, share: Share) -> Dataset:
+    """Opens this process's rows; process 0 comes first, as it may have to prepare them."""
+    sizes = {"batch_size": cfg.train.batch_size, "process_index": share.index, "process_count": share.count}
+    build = functools.cache(lambda: build_dataset(cfg.data, **sizes))
+    identity = on_main(lambda: build().identity)
+    data = build()
+    _check_same_data(identity, data)
+    _check_vocabulary(cfg, data)
+    return data
+
+
+def _check_same_data(expected: Mapping[str, str | None], data: Dataset) -> None:
+    for name, digest in expected.items():
+        if digest != (have := data.identity[name]):
+            raise UserError(f"data: the {name} records have hash {have}, but those of this run have {digest}")
+
+
 def _check_vocabulary(cfg: RunConfig, data: Dataset) -> None:
     if cfg.model.vocab_size < data.vocab_size:
         need = f"the {cfg.data.kind} data has {data.vocab_size} different tokens"
@@ -347,7 +395,8 @@ def _announce(
 
 
 def _already_finished(recipe: Recipe, paths: RunDir, step: int) -> Result:
-    print(f"{paths.path}: finished, {step} of {recipe.cfg.train.steps} steps; nothing to do")
+    if is_main():
+        print(f"{paths.path}: finished, {step} of {recipe.cfg.train.steps} steps; nothing to do")
     return Result(
         run_dir=paths,
         step=step,

@@ -18,11 +18,13 @@ import jax
 from kimi_jax.config.load import dump, load
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
+from kimi_jax.parallel.processes import on_main
 
 type Resume = Literal["auto", "never", "must"]
 
 PACKAGES = ("kimi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pydantic")
 ABSENT = "(absent)"
+LOCK = ".lock"
 IN_USE = "another process is training in it"
 
 # What may change when a run goes on: how long it is, how often it reports, and how (not what) it computes.
@@ -30,18 +32,24 @@ FREE_KEYS = (
     "train.steps",
     "train.log_every",
     "train.validation",
+    "train.evaluations",
     "train.checkpoints",
     "train.non_finite",
     "train.remat",
     "train.loss_chunk",
     "train.grad_accum",
     "mesh",
+    "train.watchdog",
+    "train.xla",
     "logging",
 )
 FREE_ENDINGS = (".implementation", ".chunk_size")
 
+# Where the data lies. Checkpoints know what it holds, and a run goes on over no other.
+PLACES = ("data.train", "data.validation")
+
 # What a start leaves that ended before config.yaml was written, over wrong data for instance: the next one may go on.
-BEFORE_CONFIG = (".lock", "checkpoints", "log.txt")
+BEFORE_CONFIG = (LOCK, "checkpoints", "log.txt")
 
 
 @dataclass(frozen=True)
@@ -98,19 +106,32 @@ class RunDir:
 
 @contextlib.contextmanager
 def claim(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[tuple[RunDir, list[str]]]:
-    """Holds a run directory for one process, created if need be, after checking that the run may use it.
+    """Holds a run directory for one run, created if need be, after checking that the run may use it.
+
+    Process 0 holds it for all processes of the run.
 
     Yields:
       The directory, and one line per config key that differs from the last time and may do so.
 
     Raises:
-      UserError: it is no run directory, is in use, belongs to another config, or `resume` forbids it.
+      UserError: it is no run directory, is in use, belongs to another config, `resume` forbids it, or a process does
+        not see it.
     """
+    with contextlib.ExitStack() as stack:
+        changes = on_main(lambda: stack.enter_context(_hold(path, cfg, resume)))
+        if not (path / LOCK).exists():
+            where = f"process {jax.process_index()} on {platform.node()}"
+            raise UserError(f"run directory {path}: {where} does not see it; it must lie on a disk that all share")
+        yield RunDir(path), changes
+
+
+@contextlib.contextmanager
+def _hold(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[list[str]]:
     run_dir = RunDir(path)
     _check_is_run_dir(run_dir, resume)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")  # noqa: SIM115 - held until the process ends or lets go
+        lock = open(path / LOCK, "w")  # noqa: SIM115 - held until the process ends or lets go
     except OSError as error:
         raise UserError(f"run directory {path}: cannot be written: {error.strerror}") from error
     with lock:
@@ -118,7 +139,7 @@ def claim(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[tuple[RunDir, 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"run directory {path}: {IN_USE}") from error
-        yield run_dir, _check_config(run_dir, cfg) if run_dir.has_progress else []
+        yield _check_config(run_dir, cfg) if run_dir.has_progress else []
 
 
 def _check_is_run_dir(run_dir: RunDir, resume: Resume) -> None:
@@ -134,7 +155,8 @@ def _check_is_run_dir(run_dir: RunDir, resume: Resume) -> None:
 
 def _check_config(run_dir: RunDir, cfg: RunConfig) -> list[str]:
     differing = list(config_differences(run_dir.load_config(), cfg))
-    forbidden = [f"{key}: {was} there, {now} now" for key, was, now in differing if not _is_free(key)]
+    fixed = [change for change in differing if not _is_free(change[0]) and not _has_moved(*change)]
+    forbidden = [f"{key}: {was} there, {now} now" for key, was, now in fixed]
     if forbidden:
         first = f"run directory {run_dir.path}: belongs to another config; name another directory, or make equal:"
         raise UserError([first, *(f"  {line}" for line in forbidden)])
@@ -143,6 +165,10 @@ def _check_config(run_dir: RunDir, cfg: RunConfig) -> list[str]:
 
 def _is_free(key: str) -> bool:
     return key.endswith(FREE_ENDINGS) or any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _has_moved(key: str, was: Any, now: Any) -> bool:
+    return key in PLACES and isinstance(was, str) and isinstance(now, str)
 
 
 def fixed_values(cfg: RunConfig) -> dict[str, Any]:

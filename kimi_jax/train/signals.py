@@ -8,6 +8,11 @@ from collections.abc import Iterator
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+def exit_code(number: signal.Signals | None) -> int:
+    """128 plus the number of the signal that ended something, as shells report it; 0 without one."""
+    return 128 + number if number else 0
+
+
 class StopRequest:
     """Whether a signal came, and which; `exit_code` is 128 plus its number, as shells report it."""
 
@@ -19,7 +24,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        return 128 + self.signal if self.signal else 0
+        return exit_code(self.signal)
 
 
 @contextlib.contextmanager
