@@ -76,7 +76,7 @@ def step_kda(
 
 
 def _step_models(q, k, v, g, beta, state, gate: Gate, slots, accepted, *, scale, normalize_qk, rows: int | None):
-    """Every array has the models first, which under `jax.vmap` are several: each has its gate and its pool of states."""
+    """Every array has the models first: under `jax.vmap` several, each with its gate and its pool of states."""
     M, N = q.shape[:2]
     sequences = jax.tree.map(lambda x: x.reshape(M * N, *x.shape[2:]), (q, k, v, g, beta))
     (_, T, H, K), (HV, V) = sequences[0].shape, v.shape[3:]
