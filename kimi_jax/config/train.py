@@ -8,6 +8,7 @@ from pydantic import Field
 from kimi_jax.config.base import Config
 from kimi_jax.config.data import DataConfig
 from kimi_jax.config.evaluation import Evaluation
+from kimi_jax.config.evaluation import Evaluation
 from kimi_jax.config.mesh import Mesh
 from kimi_jax.config.mixer import PositiveInt
 from kimi_jax.config.model import ModelConfig
@@ -115,12 +116,16 @@ class Train(Config):
     validation: Validation = Validation()
     evaluations: dict[str, Evaluation] = Field(default_factory=dict)
     """What else is measured, by name."""
+    evaluations: dict[str, Evaluation] = Field(default_factory=dict)
+    """What else is measured, by name."""
     checkpoints: Checkpoints = Checkpoints()
     watchdog: Watchdog = Watchdog()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.batch_size % self.grad_accum:
             yield "grad_accum", f"{self.grad_accum} does not divide batch_size={self.batch_size}"
+        if "validation" in self.evaluations:
+            yield "evaluations.validation", "is what the run's own validation is called; choose another name"
 
 
 class Wandb(Config):

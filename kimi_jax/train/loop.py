@@ -26,6 +26,7 @@ from kimi_jax.parallel.rules import batch_sharding, sharding_table
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.devices import model_flops_utilization
 from kimi_jax.train.display import Display, Silence
+from kimi_jax.train.evaluation import Evaluator, mean_metrics, open_measurements
 from kimi_jax.train.initial import load_initial
 from kimi_jax.train.metrics import Sink, open_sinks, read_metrics
 from kimi_jax.train.optimizer import assignment_table
@@ -33,7 +34,7 @@ from kimi_jax.train.plot import plot_loss
 from kimi_jax.train.run_dir import Resume, RunDir, claim, record_start
 from kimi_jax.train.signals import StopRequest, catch_stop_signals, exit_code
 from kimi_jax.train.state import Recipe, State
-from kimi_jax.train.step import build_eval_step, build_train_step
+from kimi_jax.train.step import build_train_step
 from kimi_jax.train.watchdog import Watchdog
 
 LAG_STEPS = 2  # steps the host may run ahead: the device always has the next one queued
@@ -131,6 +132,7 @@ class _Loop:
         self.paths, self.display, self.watchdog = paths, display, watchdog
         self.sinks: Sequence[Sink] = ()
         self.iterator = data.train_iterator()
+        self.measurements = open_measurements(recipe.cfg, data)
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.vote = StopVote(mesh) if jax.process_count() > 1 else None
         self.stopped_by: signal.Signals | None = None
@@ -174,7 +176,7 @@ class _Loop:
         except NotImplementedError as error:  # an operator's implementation that the config names cannot run here
             raise UserError(f"config: {error}") from error
         self.train_step = lowered.compile()
-        self.eval_step = jax.jit(build_eval_step(self.recipe))
+        self.evaluator = Evaluator(self.recipe, self.measurements, self._place)
         seconds = time.perf_counter() - start
         memory = self.train_step.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
@@ -227,7 +229,7 @@ class _Loop:
             self.total_tokens += record["tokens"]
             record["total_tokens"] = self.total_tokens
             if validate:
-                record |= self._validate()
+                record |= self._validate(step)
             self._report(record)
 
     def _check_finite(self, record: dict[str, Any]) -> None:
@@ -266,19 +268,11 @@ class _Loop:
         share = tokens_per_s and model_flops_utilization(tokens_per_s, flops, jax.devices()[0].device_kind)
         return {"mfu": share} if share else {}
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, step: int) -> dict[str, float]:
         with self.meter.paused():
-            batches = self.data.validation_batches(self.cfg.validation.batches)
-            model = self.state["params"], self.state["buffers"]
-            sums = jax.device_get(
-                [self.eval_step(*model, self._place(batch), self.data.token_bytes) for batch in batches]
-            )
-        tokens, correct, size = (sum(int(s[name]) for s in sums) for name in ("tokens", "correct", "bytes"))
-        if not tokens:
-            return {}
-        nats = sum(float(s["loss_nats"]) for s in sums)
-        loss = {"validation_loss_nats": nats / tokens, "validation_accuracy": correct / tokens}
-        return loss | ({"validation_bits_per_byte": nats / math.log(2) / size} if size else {})
+            last, number = step == self.cfg.steps, step // self.cfg.validation.every
+            sums = self.evaluator.start(self.state["params"], self.state["buffers"], number, last=last)
+            return mean_metrics(jax.device_get(sums))
 
     def _checkpoint(self) -> None:
         """Starts a checkpoint of the current step, all of whose metrics are known to be finite or skipped."""

@@ -1,7 +1,7 @@
 """Runs that are trained together: what each of them writes, and the batches they see."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,10 +86,6 @@ class Feed:
 
     def _join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         return arrays[0] if self.shared else np.stack(arrays)
-
-    def validation_batches(self, num_batches: int) -> Iterator[Batch]:
-        """The same for all members: validation does not depend on seeds."""
-        return self.datasets[0].validation_batches(num_batches)
 
     @property
     def positions(self) -> list[dict[str, Any]]:

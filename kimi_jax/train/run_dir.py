@@ -33,6 +33,7 @@ FREE_KEYS = (
     "train.log_every",
     "train.validation",
     "train.evaluations",
+    "train.evaluations",
     "train.checkpoints",
     "train.non_finite",
     "train.remat",

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,14 @@ from kimi_jax.config.sweep import Until
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
 from kimi_jax.train.checkpoint import CheckpointStore
-from kimi_jax.train.evaluation import validation_metrics
+from kimi_jax.train.evaluation import VALIDATION, Evaluator, Sums, mean_metrics, open_measurements
 from kimi_jax.train.members import Feed, Member
 from kimi_jax.train.metrics import open_sinks
 from kimi_jax.train.run_dir import claim, config_differences, record_start
 from kimi_jax.train.signals import StopRequest, catch_stop_signals
 from kimi_jax.train.state import Recipe, State
-from kimi_jax.train.step import build_eval_step, build_train_step
+from kimi_jax.train.step import build_train_step
+from kimi_jax.types import Variables
 
 MEMBER_KEYS = ("optim.peak_lr", "train.seed", "data.shuffle_seed")  # what members of a group may differ in
 BLOCK_STEPS = 64  # at most so many steps are one call of the device
@@ -161,9 +163,9 @@ class _Group:
         except NotImplementedError as error:  # an operator's implementation that the config names cannot run here
             raise UserError(f"config: {error}") from error
         self.train_block = lowered.compile()
-        self.evaluate = jax.jit(jax.vmap(build_eval_step(self.recipe), in_axes=(0, 0, None, None)))
-        self.validation_batches = jax.device_put(list(self.feed.validation_batches(self.cfg.validation.batches)))
-        self.token_bytes = jax.device_put(self.feed.datasets[0].token_bytes)
+        measurements = open_measurements(self.recipe.cfg, self.feed.datasets[0])  # the same for all seeds
+        over_members = functools.partial(jax.vmap, in_axes=(0, 0, None, None))
+        self.evaluator = Evaluator(self.recipe, measurements, over=over_members)
         self._print(f"compiled blocks of {self.block_steps} steps in {time.perf_counter() - start:.1f} s")
 
     # -------------------------------------------------------------- steps
@@ -175,8 +177,9 @@ class _Group:
             self.step += self.block_steps
             self.pending.append((self.step, metrics))
             last = self.step == self.cfg.steps
-            due = last or self.step % self.cfg.validation.every == 0
-            sums = self._start_validation() if due else []
+            validation, rest = divmod(self.step, self.cfg.validation.every)
+            due = last or not rest
+            sums = self.evaluator.start(*self._models, validation, last=last) if due else {}
             self.positions = self.feed.positions
             batches = batches if last else self.feed.draw(self.block_steps)  # while the device works
             if due:
@@ -189,16 +192,16 @@ class _Group:
         if self.step > self.saved_step:
             self._checkpoint()
 
-    def _start_validation(self) -> list[dict[str, Array]]:
-        model = self.states["params"], self.states["buffers"]
-        return [self.evaluate(*model, batch, self.token_bytes) for batch in self.validation_batches]
+    @property
+    def _models(self) -> tuple[Variables, Variables]:
+        return self.states["params"], self.states["buffers"]
 
-    def _validation(self, sums: Sequence[Mapping[str, Array]]) -> Validation:
+    def _validation(self, sums: Mapping[str, Sequence[Sums]]) -> Validation:
         fetched = jax.device_get(sums)
-        members = range(len(self.members))
-        found = [validation_metrics([{name: x[i] for name, x in s.items()} for s in fetched]) for i in members]
+        of_member = lambda i: jax.tree.map(lambda x: x[i], fetched)
+        found = [mean_metrics(of_member(i)) for i in range(len(self.members))]
         for member, metrics in zip(self.members, found, strict=True):
-            member.accuracies.append(metrics.get("validation_accuracy", 0.0))
+            member.accuracies.append(metrics.get(f"{VALIDATION}_accuracy", 0.0))
         return found
 
     def _settle(self, *, keep: int, validation: Validation | None = None) -> None:
