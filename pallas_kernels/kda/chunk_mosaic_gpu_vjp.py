@@ -543,7 +543,7 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
     raw = g if fused else _base2(g if gate is None else log_decay_of_rows(gate, g))
     kind = _GateKind(fused, gate.bound if isinstance(gate, LowerBoundGate) else None)
     dq, dk, dv, dg, dbeta, rate, bias = chunk_gradients(
-        *(q, k, raw, do, p, r, h, ds, prepared.t, prepared.gamma, weight, _gate_parameters(gate, heads, K)),
+        *(q, k, raw, do, p, r, h, ds, prepared.t, prepared.gamma, weight, _gate_parameters(gate, B * HV, K)),
         **dict(kind=kind, scale=scale, normalize_qk=normalize_qk, packed=code is not None),
     )
     da_log = ddt_bias = None
