@@ -52,17 +52,22 @@ class MqarData(Data):
     """Multi-query associative recall: values by their keys."""
 
     kind: Literal["mqar"] = "mqar"
-    num_keys: PositiveInt = 1024
+    num_keys: PositiveInt | None = None
+    """Different keys; unset: 1024, or as many as an example has pairs if these are more."""
     num_values: PositiveInt = 64
     num_pairs: PositiveInt | None = None
     """Pairs of an example; unset: as many as can all be asked for within seq_len."""
+
+    @property
+    def keys(self) -> int:
+        return self.num_keys or max(1024, self.pairs)
 
     @property
     def pairs(self) -> int:
         return self.num_pairs or (self.seq_len - 1) // 3
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.pairs > self.num_keys:
+        if self.pairs > self.keys:
             yield "num_keys", f"{self.num_keys} is fewer than the {self.pairs} pairs of an example"
         if not 2 < 2 * self.pairs + 1 < self.seq_len:
             yield "seq_len", f"{self.seq_len} has no room for {max(self.pairs, 1)} pairs, a separator and a query"
