@@ -9,9 +9,10 @@ import importlib
 import sys
 from pathlib import Path
 
-import jax
+from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts
 
-from kimi_jax.errors import UserError, exit_on_user_error
+with plain_interrupts():  # these take seconds
+    import jax
 
 # A command's module holds CASES (by name), IMPLEMENTATIONS and PEERS (names), and
 # measure(case, implementations, peers), which yields rows of pallas_kernels.timing.

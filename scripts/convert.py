@@ -2,11 +2,11 @@
 
 import argparse
 import re
-import signal
 import sys
 from pathlib import Path
 
 from kimi_jax.errors import exit_on_user_error
+from kimi_jax.train.signals import exit_on_sigterm
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -107,11 +107,10 @@ def _list_entries(folder: Path) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written directory is removed
     arguments = parse_arguments()
     return arguments.run_command(arguments)
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), exit_on_sigterm():
         sys.exit(main())

@@ -7,9 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kimi_jax.errors import exit_on_user_error, positive
-from kimi_jax.generate.evaluate import RESULTS, Evaluation, evaluate
-from kimi_jax.generate.score import BATCH_SIZE
+from kimi_jax.errors import exit_on_user_error, plain_interrupts, positive
+
+with plain_interrupts():  # these take seconds
+    from kimi_jax.generate.evaluate import RESULTS, Evaluation, evaluate
+    from kimi_jax.generate.score import BATCH_SIZE
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kimi_jax.data.chat import encode_chat
-from kimi_jax.errors import UserError, exit_on_user_error
-from kimi_jax.generate.api import Generator, Prompt, Settings, load_generator
+from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts
+
+with plain_interrupts():  # these take seconds
+    from kimi_jax.data.chat import encode_chat
+    from kimi_jax.generate.api import Generator, Prompt, Settings, load_generator
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,8 +1,6 @@
 """Tokenises and packs text, JSONL and Parquet into the records that training reads: see docs/data.md."""
 
 import argparse
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +8,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from kimi_jax.data import sources
-from kimi_jax.data.prepare import TRAIN, VALIDATION, Plan, prepare
-from kimi_jax.data.records import Manifest
-from kimi_jax.data.tokenizers import load_tokenizer
-from kimi_jax.errors import UserError, exit_on_user_error
+from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts
+from kimi_jax.train.signals import exit_on_sigterm
+
+with plain_interrupts():  # these take seconds
+    from kimi_jax.data import sources
+    from kimi_jax.data.prepare import TRAIN, VALIDATION, Plan, prepare
+    from kimi_jax.data.records import Manifest
+    from kimi_jax.data.tokenizers import load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,7 +55,6 @@ def show(manifests: dict[str, Manifest], output: Path, console: Console) -> None
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written folder is removed
     args = parse_args()
     plan = Plan(args.seq_len, args.validation_percent, args.seed)
     tokenizer = load_tokenizer(args.tokenizer)
@@ -87,5 +87,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), exit_on_sigterm():
         main()

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kimi_jax.errors import exit_on_user_error
+from kimi_jax.errors import exit_on_user_error, plain_interrupts
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,7 +15,8 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
     arguments = parser.parse_args()
 
-    from kimi_jax.experiments.quickstart import run  # imports jax, which takes a second
+    with plain_interrupts():
+        from kimi_jax.experiments.quickstart import run  # imports jax, which takes a second
 
     return run(arguments.config, arguments.run_dir)
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from kimi_jax.errors import UserError, exit_on_user_error
+from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -15,7 +15,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from kimi_jax.experiments.report import write_report  # after --help: this imports jax
+    with plain_interrupts():
+        from kimi_jax.experiments.report import write_report  # after --help: this imports jax
 
     output = arguments.output or arguments.runs_dir / "report"
     if output.exists() and not output.is_dir():

@@ -1,14 +1,15 @@
 """Scores given tokens: python scripts/score.py --checkpoint DIR --tokens TOKENS.npy --logits OUT.npy."""
 
 import argparse
-import signal
-import sys
 import time
 from pathlib import Path
 
-from kimi_jax.errors import exit_on_user_error, positive
-from kimi_jax.generate.score import BATCH_SIZE
-from kimi_jax.generate.score_files import score_files
+from kimi_jax.errors import exit_on_user_error, plain_interrupts, positive
+from kimi_jax.train.signals import exit_on_sigterm
+
+with plain_interrupts():  # these take seconds
+    from kimi_jax.generate.score import BATCH_SIZE
+    from kimi_jax.generate.score_files import score_files
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,7 +27,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are removed
     arguments = parse_arguments()
     start = time.perf_counter()
     num_documents, num_tokens = score_files(**vars(arguments))
@@ -35,5 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), exit_on_sigterm():
         main()

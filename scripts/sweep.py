@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from kimi_jax.errors import UserError, exit_on_user_error, positive
+from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts, positive
 
 STYLES = {"finished": "green", "finished before": "dim", "failed": "red", "stopped": "yellow"}
 
@@ -30,9 +30,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    from kimi_jax.experiments import launch, plan_sweep  # after --help: these import jax
-    from kimi_jax.experiments.sweep import group_runs, load_sweep
-    from kimi_jax.train.signals import catch_stop_signals
+    with plain_interrupts():
+        from kimi_jax.experiments import launch, plan_sweep  # after --help: these import jax
+        from kimi_jax.experiments.sweep import group_runs, load_sweep
+        from kimi_jax.train.signals import catch_stop_signals
 
     runs_dir = arguments.runs_dir or Path("runs") / arguments.sweep.resolve().parent.name / arguments.sweep.stem
     if runs_dir.exists() and not runs_dir.is_dir():

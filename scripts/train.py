@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kimi_jax.config.load import dump, json_schema, load
 from kimi_jax.config.train import RunConfig
-from kimi_jax.errors import exit_on_user_error, positive
+from kimi_jax.errors import exit_on_user_error, plain_interrupts, positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,8 +40,9 @@ def main() -> int:
     from kimi_jax.train import xla_flags
 
     xla_flags.apply_defaults()
-    from kimi_jax.parallel import processes  # after the config is known to be right: this imports jax
-    from kimi_jax.train.loop import train
+    with plain_interrupts():
+        from kimi_jax.parallel import processes  # after the config is known to be right: these import jax
+        from kimi_jax.train.loop import train
 
     place = processes.find_place(arguments.coordinator, arguments.num_processes, arguments.process_id)
     with processes.joined(place, heartbeat_s=cfg.train.watchdog.heartbeat_s):

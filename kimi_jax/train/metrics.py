@@ -119,9 +119,12 @@ class WandbRun:
             resume="allow",
             config=config.model_dump(mode="json"),
         )
+        self._next_step = self._run.step  # of a continued run: after what the last process logged
 
     def write(self, record: Record) -> None:
-        self._run.log(dict(_scalars(record)), step=record["step"])
+        # A killed run takes some steps again, with the same numbers; W&B takes no step twice and warns of each.
+        if record["step"] >= self._next_step:
+            self._run.log(dict(_scalars(record)), step=record["step"])
 
     def close(self) -> None:
         self._run.finish()

@@ -1,11 +1,15 @@
-"""How a run is asked to stop: SIGTERM or SIGINT once lets it write a checkpoint, a second one ends it at once."""
+"""What a signal does: it asks a run to stop and to save, or it ends a program that cleans up behind itself."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN_S = 0.05
 
 
 def exit_code(number: signal.Signals | None) -> int:
@@ -29,7 +33,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
-    """Notes the first stop signal and puts the former handlers back, so that a second one acts as it always did.
+    """Notes the first SIGTERM or SIGINT and puts the former handlers back, so that a second one acts as it always did.
 
     Outside the main thread Python allows no handlers; nothing is caught there.
     """
@@ -52,3 +56,33 @@ def catch_stop_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
+
+
+class _Terminated(SystemExit):
+    """SIGTERM as an exception."""
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM unwind the body, so that half-written files are removed; the exit code is 143.
+
+    Python drops an exception that is raised within a callback of the garbage collector, of which jax has one, or within
+    a destructor. The signal is then sent again.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        raise _Terminated(exit_code(signal.Signals(number)))
+
+    def send_again(dropped: Any) -> None:
+        if isinstance(dropped.exc_value, _Terminated):
+            threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            former_hook(dropped)
+
+    former_handler, former_hook = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = former_hook
+        signal.signal(signal.SIGTERM, former_handler)

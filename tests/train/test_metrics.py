@@ -58,11 +58,19 @@ def test_missing_package_is_named_with_the_extra(hybrid, changed, tmp_path, monk
 
 
 def test_wandb_continues_the_run_of_this_directory_alone(hybrid, tmp_path, monkeypatch):
-    ids = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: ids.append(settings["id"])))
-    for folder in ("a/run", "a/run", "b/run"):
-        WandbRun(Wandb(project="p"), RunDir(tmp_path / folder), hybrid)
-    assert ids[0] == ids[1] != ids[2]
+    steps: dict[str, list[int]] = {}
+
+    def init(*, id, resume, **settings):
+        logged = steps.setdefault(id, [])
+        step = logged[-1] + 1 if resume == "allow" and logged else 0
+        return SimpleNamespace(step=step, log=lambda record, step: logged.append(step))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for folder, taken in (("a/run", (1, 2, 3)), ("a/run", (2, 3, 4)), ("b/run", (1,))):
+        run = WandbRun(Wandb(project="p"), RunDir(tmp_path / folder), hybrid)
+        for step in taken:
+            run.write({"step": step, "loss_nats": 1.0})
+    assert list(steps.values()) == [[1, 2, 3, 4], [1]], "steps that a killed run takes again are not logged again"
 
 
 def test_smoothing_neither_lags_nor_moves_a_line():

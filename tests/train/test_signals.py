@@ -1,11 +1,13 @@
 """One signal asks, the second one acts."""
 
+import gc
 import signal
 import threading
+import time
 
 import pytest
 
-from kimi_jax.train.signals import catch_stop_signals
+from kimi_jax.train.signals import catch_stop_signals, exit_on_sigterm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -41,3 +43,35 @@ def test_other_threads_catch_nothing():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_sigterm_unwinds_a_program():
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned = []
+    with pytest.raises(SystemExit) as ended, exit_on_sigterm():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+    assert ended.value.code == 143 and cleaned and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_within_the_garbage_collector_is_not_lost():
+    """Python drops what is raised within a callback of the collector."""
+    came = []
+
+    def callback(phase, info):
+        if phase == "start" and not came:
+            came.append(True)
+            signal.raise_signal(signal.SIGTERM)
+            sum(range(10))  # the handler runs here
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(SystemExit) as ended, exit_on_sigterm():
+            gc.collect()
+            came.append("after")
+            time.sleep(5)
+    finally:
+        gc.callbacks.remove(callback)
+    assert came == [True, "after"] and ended.value.code == 143
