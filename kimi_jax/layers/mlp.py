@@ -1,6 +1,7 @@
 """The dense feed-forward block."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -20,8 +21,29 @@ class SwiGlu(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate[...])
-        hidden_BTF = jax.nn.silu(gate_BTF) * project("BTD,DF->BTF", x_BTD, self.up[...])
-        return project("BTF,FD->BTD", hidden_BTF, self.down[...])
+        up_BTF = project("BTD,DF->BTF", x_BTD, self.up[...])
+        return project("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), self.down[...])
+
+
+@jax.custom_vjp
+def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """silu(gate) up, computed in float32 and rounded once; the backward pass keeps the arguments alone."""
+    wide = gate.astype(jnp.float32)
+    return (wide * jax.nn.sigmoid(wide) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def _swiglu_forward(gate, up):
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(saved, dy):
+    gate, up, dy = (x.astype(jnp.float32) for x in (*saved, dy))
+    sigmoid = jax.nn.sigmoid(gate)
+    d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return d_gate.astype(saved[0].dtype), (dy * gate * sigmoid).astype(saved[1].dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class Mlp(SwiGlu):
