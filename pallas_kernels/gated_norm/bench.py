@@ -1,21 +1,20 @@
 """Times the gated RMS norm: several in a row in one program, as in the layers of a model."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import peers as torch_peers
+from pallas_kernels.bench_layers import BACKWARD, FORWARD, LAYERS, Operator, measure_layers
 from pallas_kernels.gated_norm import api
-from pallas_kernels.timing import Row, Work, check, measured, time_compiled
+from pallas_kernels.peers import tensor
+from pallas_kernels.timing import Row, Work
 
-LAYERS = 8  # per call: the host takes longer to start one than the device to run it
 EPS = 1e-5
 TOLERANCE = {"y": 5e-3, "dx": 5e-3, "d_logits": 5e-3, "d_weight": 5e-3}  # error ratio to the definition in float32
-FORWARD, BACKWARD = "forward", "backward"
 
 
 class Case(NamedTuple):
@@ -50,22 +49,9 @@ PEERS = ("fla",)
 
 def measure(case: Case, implementations: Sequence[str], peers: Sequence[str]) -> Iterator[Row]:
     """Yields the rows of every implementation, then of every peer; a failure is a row that says why."""
-    inputs = _draw(case)
-    want = _one("reference", jax.tree.map(lambda x: x.astype(jnp.float32), inputs))
-    for name in implementations:
-        for call, layers in ((FORWARD, _forward_layers), (BACKWARD, _backward_layers)):
-            run = functools.partial(_time_ours, name, layers, inputs, want)
-            yield measured(Row(case.name, call, name, True, case.work(call)), run)
-    for name in peers:
-        for call in (FORWARD, BACKWARD):
-            run = functools.partial(_time_fla, inputs, want, call)
-            yield measured(Row(case.name, call, name, False, case.work(call)), run)
-
-
-def _time_ours(name: str, layers: Callable, inputs: Inputs, want: dict[str, Array]) -> dict[str, float]:
-    check(_one(name, inputs), want, TOLERANCE)
-    timed = time_compiled(functools.partial(layers, name), inputs)
-    return {"ms": timed.ms / LAYERS, "compiled_gb": timed.compiled_gb}
+    layers = {FORWARD: _forward_layers, BACKWARD: _backward_layers}
+    operator = Operator(TOLERANCE, _one, layers, _fla)
+    return measure_layers(operator, case, _draw(case), implementations, peers)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,24 +94,9 @@ def _backward_layers(implementation: str, inputs: Inputs):
     return x, dy, total
 
 
-def _time_fla(inputs: Inputs, want: dict[str, Array], call: str) -> dict[str, float]:
-    """fla.modules' gated norm in a CUDA graph; its backward is the time of both less that of the forward."""
-    import torch
+def _fla(inputs: Inputs):
+    """fla.modules' gated norm."""
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
 
-    x, logits, weight, dy = (torch_peers.tensor(a).requires_grad_() for a in inputs)
-
-    def forward():
-        return rms_norm_gated(x, logits, weight, None, activation="sigmoid", eps=EPS)
-
-    def both():
-        y = forward()
-        return y, *torch.autograd.grad(y, (x, logits, weight), dy)
-
-    got = dict(zip(("y", "dx", "d_logits", "d_weight"), torch_peers.arrays(both()), strict=True))
-    check(got, want, TOLERANCE)
-    with torch.no_grad():
-        forward_ms = torch_peers.device_ms(torch_peers.recorded(forward))
-    if call == FORWARD:
-        return {"ms": forward_ms}
-    return {"ms": torch_peers.device_ms(torch_peers.recorded(both)) - forward_ms}
+    x, logits, weight, dy = (tensor(a).requires_grad_() for a in inputs)
+    return lambda: rms_norm_gated(x, logits, weight, None, activation="sigmoid", eps=EPS), (x, logits, weight), dy

@@ -1,22 +1,21 @@
 """Times the short convolution: several in a row in one program, as in the layers of a model."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import peers as torch_peers
+from pallas_kernels.bench_layers import BACKWARD, FORWARD, LAYERS, Operator, measure_layers
+from pallas_kernels.peers import tensor
 from pallas_kernels.short_conv import api
-from pallas_kernels.timing import Row, Work, check, measured, time_compiled
+from pallas_kernels.timing import Row, Work
 
-LAYERS = 8  # per call: the host takes longer to start one than the device to run it
 WIDTH = 4
 DOCUMENT = 700  # tokens of each packed document
 TOLERANCE = {"y": 5e-3, "dx": 5e-3, "d_weight": 5e-3}  # error ratio of one layer to the definition in float32
-FORWARD, BACKWARD = "forward", "backward"
 
 
 class Case(NamedTuple):
@@ -55,23 +54,9 @@ PEERS = ("fla",)
 
 def measure(case: Case, implementations: Sequence[str], peers: Sequence[str]) -> Iterator[Row]:
     """Yields the rows of every implementation, then of every peer; a failure is a row that says why."""
-    inputs = _draw(case)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs)
-    want = _one("reference", wide)
-    for name in implementations:
-        for call, layers in ((FORWARD, _forward_layers), (BACKWARD, _backward_layers)):
-            run = functools.partial(_time_ours, name, layers, inputs, want)
-            yield measured(Row(case.name, call, name, True, case.work(call)), run)
-    for name in peers:
-        for call in (FORWARD, BACKWARD):
-            run = functools.partial(_time_fla, case, inputs, want, call)
-            yield measured(Row(case.name, call, name, False, case.work(call)), run)
-
-
-def _time_ours(name: str, layers: Callable, inputs: Inputs, want: dict[str, Array]) -> dict[str, float]:
-    check(_one(name, inputs), want, TOLERANCE)
-    timed = time_compiled(functools.partial(layers, name), inputs)
-    return {"ms": timed.ms / LAYERS, "compiled_gb": timed.compiled_gb}
+    layers = {FORWARD: _forward_layers, BACKWARD: _backward_layers}
+    operator = Operator(TOLERANCE, _one, layers, functools.partial(_fla, case))
+    return measure_layers(operator, case, _draw(case), implementations, peers)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -116,26 +101,11 @@ def _backward_layers(implementation: str, inputs: Inputs):
     return dy, total
 
 
-def _time_fla(case: Case, inputs: Inputs, want: dict[str, Array], call: str) -> dict[str, float]:
-    """fla.modules' convolution in a CUDA graph; its backward is the time of both less that of the forward."""
-    import torch
+def _fla(case: Case, inputs: Inputs):
+    """fla.modules' convolution."""
     from fla.modules.causal_conv1d import causal_conv1d
 
     if case.packed:
         raise NotImplementedError("fla: timed without documents")
-    x, weight, dy = (torch_peers.tensor(a).requires_grad_() for a in inputs[:3])
-
-    def forward():
-        return causal_conv1d(x, weight, activation="silu")[0]
-
-    def both():
-        y = forward()
-        return y, *torch.autograd.grad(y, (x, weight), dy)
-
-    got = dict(zip(("y", "dx", "d_weight"), torch_peers.arrays(both()), strict=True))
-    check(got, want, TOLERANCE)
-    with torch.no_grad():
-        forward_ms = torch_peers.device_ms(torch_peers.recorded(forward))
-    if call == FORWARD:
-        return {"ms": forward_ms}
-    return {"ms": torch_peers.device_ms(torch_peers.recorded(both)) - forward_ms}
+    x, weight, dy = (tensor(a).requires_grad_() for a in inputs[:3])
+    return lambda: causal_conv1d(x, weight, activation="silu")[0], (x, weight), dy
