@@ -1,5 +1,6 @@
 """The router: which experts a token meets, with which weights, and what training learns about the balance."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,8 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.config.model import MoeFfn
 from kimi_jax.layers.param import buffer, normal, param
+from pallas_kernels.partition import Axes, partition
 
 WEIGHT_EPS = 1e-20  # added to the sum of the chosen scores before dividing by it
+TOP_K_AXES = Axes(("BT",), ("BT", "BT"))
 
 
 class RouterStats(NamedTuple):
@@ -49,7 +52,8 @@ class Router(nnx.Module):
         logits_BTE = multiply_exactly(jnp.where(valid_BT[..., None], x_BTD, 0), self.weight[...])
         score_BTE = jax.nn.sigmoid(logits_BTE)
         choice_BTE = jax.lax.stop_gradient(score_BTE + self.bias[...][None, None, :])
-        _, expert_BTk = jax.lax.top_k(choice_BTE, self.top_k)
+        # By itself XLA brings the scores of all tokens to every device.
+        _, expert_BTk = partition(functools.partial(jax.lax.top_k, k=self.top_k), TOP_K_AXES, (choice_BTE,), {})
         # A gather's gradient would be a scatter.
         chosen_BTkE = jax.nn.one_hot(expert_BTk, score_BTE.shape[-1], dtype=bool)
         weight_BTk = jnp.sum(jnp.where(chosen_BTkE, score_BTE[:, :, None, :], 0), -1)
@@ -112,7 +116,7 @@ def _multiply_terms_bwd(saved, d_logits):
     d, (w_high, w_middle, _) = _terms(d_logits), _terms(w)
     dw = sum(jnp.split(_dot("BTD,BTE->DE", x, jnp.concatenate(d, -1)), 3, -1))
     rows, columns = (jnp.concatenate(a, -1) for a in ((d[0], d[1], d[0]), (w_high, w_high, w_middle)))
-    return _dot("BTE,DE->BTD", rows, columns).astype(x.dtype), dw
+    return jnp.einsum("BTE,DE->BTD", rows, columns), dw
 
 
 _multiply_terms.defvjp(_multiply_terms_fwd, _multiply_terms_bwd)

@@ -88,8 +88,13 @@ def _model_problems(mesh: Mesh | AbstractMesh, model: ModelConfig) -> Iterator[s
         yield f"mesh.expert={expert}: the model has no experts (model.ffn.kind={model.ffn.kind})"
     elif expert > 1 and model.ffn.num_experts % expert:
         yield f"model.ffn.num_experts={model.ffn.num_experts}: not a multiple of mesh.expert={expert}"
+    context = mesh.shape["context"]
     for name in sorted(set(model.mixer_names)):
         mixer = model.mixers[name]
+        if isinstance(mixer, MlaMixer) and mixer.num_heads % (tensor * context):
+            product = f"mesh.tensor={tensor} x mesh.context={context}: {tensor * context}"
+            yield f"model.mixers.{name}.num_heads={mixer.num_heads}: not a multiple of {product}"
+            continue
         heads = {"num_heads": mixer.num_heads}
         if not isinstance(mixer, MlaMixer) and mixer.num_value_heads:
             heads["num_value_heads"] = mixer.num_value_heads

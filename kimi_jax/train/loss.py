@@ -9,7 +9,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-CHUNK_ELEMENTS = 2**27  # float32 logits that exist at once unless the caller says otherwise: 512 MiB
+from kimi_jax.parallel.context import over_tokens
+
+CHUNK_ELEMENTS = 2**27  # float32 logits that exist at once on a device unless the caller says otherwise: 512 MiB
 
 LOWEST = -1e30  # finite: the difference of two of them is 0, not NaN
 
@@ -53,12 +55,17 @@ def token_cross_entropy(
       weight_DA: head, any float dtype.
       targets_BT: int32 in [0, A); any value where the mask is false.
       mask_BT: which tokens count.
-      chunk: tokens whose logits exist at one time, rounded down to whole columns of B, at least one; None: as many as
-        `CHUNK_ELEMENTS` allows. Chunks are cut along T, so a sharded batch axis stays as it is.
+      chunk: tokens whose logits exist on a device at one time, rounded down to whole columns of its rows, at least one;
+        None: as many as `CHUNK_ELEMENTS` allows.
 
     Returns:
       See `TokenLosses`.
     """
+    run = lambda weight, *arrays: _token_cross_entropy(arrays[0], weight, *arrays[1:], chunk)
+    return over_tokens(run, weight_DA, hidden_BTD, targets_BT, mask_BT)
+
+
+def _token_cross_entropy(hidden_BTD, weight_DA, targets_BT, mask_BT, chunk: int | None) -> TokenLosses:
     weight = weight_DA.astype(hidden_BTD.dtype)
 
     def per_chunk(_, inputs):
@@ -76,7 +83,6 @@ def token_cross_entropy(
     return TokenLosses(*(_from_chunks(x, hidden_BTD.shape[1]) for x in losses))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def mean_cross_entropy(
     hidden_BTD: Float[Array, "B T D"],
     weight_DA: Float[Array, "D A"],
@@ -99,7 +105,17 @@ def mean_cross_entropy(
       (the sum, differentiable in hidden and weight; its two terms, which are not). The weight's gradient is accumulated
       in float32 and returned in the weight's dtype.
     """
-    loss, lse, _ = token_cross_entropy(hidden_BTD, weight_DA, targets_BT, mask_BT, chunk)
+
+    def run(whole, hidden, targets, mask):
+        weight, count = whole
+        return _mean_cross_entropy(hidden, weight, targets, mask, count, z_weight, chunk)
+
+    return over_tokens(run, (weight_DA, count), hidden_BTD, targets_BT, mask_BT, total=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _mean_cross_entropy(hidden_BTD, weight_DA, targets_BT, mask_BT, count, z_weight: float, chunk: int | None):
+    loss, lse, _ = _token_cross_entropy(hidden_BTD, weight_DA, targets_BT, mask_BT, chunk)
     losses = Losses(jnp.sum(loss) / count, jnp.sum(jnp.square(lse)) / count)
     return losses.cross_entropy + z_weight * losses.z_loss, losses
 
@@ -140,7 +156,7 @@ def _backward(z_weight, chunk, saved, cotangents):
     return *scaled, *no_gradient, None
 
 
-mean_cross_entropy.defvjp(_forward, _backward)
+_mean_cross_entropy.defvjp(_forward, _backward)
 
 
 # ------------------------------------------------------------------ one chunk
