@@ -1,6 +1,7 @@
 """Muon in Moonlight's form: momentum as a sum, Nesterov, five Newton-Schulz steps, updates of one RMS."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -8,13 +9,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float
 
+from kimi_jax.parallel.matrices import HERE, Layout, collect, give_back, layout_of, whole_shape
+from kimi_jax.parallel.rules import spec
 from kimi_jax.types import PyTree
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a, b, c of X <- a X + b (X X^T) X + c (X X^T)^2 X
 NORM_FLOOR = 1e-7
 SMALL_STACK = 2**24  # elements; larger stacks fill a device by themselves, and putting them together costs a copy
+
+type Change = Callable[[Float[Array, "N R C"], Layout], Float[Array, "N R C"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +38,31 @@ class Matrix:
 
 
 def orthogonalize(
-    x_RC: Float[Array, "... R C"], *, steps: int = 5, dtype: jnp.dtype = jnp.bfloat16
-) -> Float[Array, "... R C"]:
+    x_RC: Float[Array, "N R C"], *, steps: int = 5, dtype: jnp.dtype = jnp.bfloat16, layout: Layout = HERE
+) -> Float[Array, "N R C"]:
     """Moves the singular values of each matrix close to 1 (they end up in about 0.7 to 1.2) by Newton-Schulz steps.
 
     Args:
-      x_RC: matrices, float32; leading axes are batch.
+      x_RC: matrices, float32, or this device's parts of them.
       steps: quintic steps, >= 1.
-      dtype: of the matrix products; bfloat16 as in Moonlight on every device, float32 only to check the arithmetic.
+      dtype: of the matrix products, and of what travels for them; bfloat16 as in Moonlight on every device, float32
+        only to check the arithmetic.
+      layout: where the other parts are; every device then does the products of some whole matrices.
 
     Returns:
       The approximate orthogonal factor U V^T of each matrix, float32.
 
     Source: Moonlight, arXiv:2502.16982, section 2.
     """
-    norm = jnp.sqrt(jnp.sum(jnp.square(x_RC), axis=(-2, -1), keepdims=True))
-    x = (x_RC / (norm + NORM_FLOOR)).astype(dtype)
+    squares = jnp.sum(jnp.square(x_RC), axis=(-2, -1), keepdims=True)
+    norm = jnp.sqrt(lax.psum(squares, layout.cuts) if layout.cuts else squares)
+    x = collect((x_RC / (norm + NORM_FLOOR)).astype(dtype), layout)
     for _ in range(steps):
         x = _refine(x)
-    return x.astype(jnp.float32)
+    return give_back(x, layout, x_RC.shape[0]).astype(jnp.float32)
 
 
-def _refine(x: Float[Array, "... R C"]) -> Float[Array, "... R C"]:
+def _refine(x: Float[Array, "N R C"]) -> Float[Array, "N R C"]:
     """One step, from the smaller Gram matrix; its three terms are one factor, so that nothing as large as x is added.
 
     Neither side is transposed in memory: the products contract what they need.
@@ -67,7 +76,13 @@ def _refine(x: Float[Array, "... R C"]) -> Float[Array, "... R C"]:
 
 
 def scale_by_muon(
-    matrices: PyTree, *, momentum: float, steps: int, update_rms: float, dtype: jnp.dtype = jnp.bfloat16
+    matrices: PyTree,
+    *,
+    momentum: float,
+    steps: int,
+    update_rms: float,
+    logical_axes: PyTree | None = None,
+    dtype: jnp.dtype = jnp.bfloat16,
 ) -> optax.GradientTransformation:
     """Turns gradients into Moonlight's update directions, without learning rate and weight decay.
 
@@ -76,15 +91,17 @@ def scale_by_muon(
       momentum: mu of M <- mu M + G; a sum, not an average.
       steps: Newton-Schulz steps.
       update_rms: RMS an update has when its factor is orthogonal: the scale is update_rms * sqrt(max(rows, columns)).
+      logical_axes: tree like it of tuples of axis names: parameters lie on the mesh in use as
+        `kimi_jax.parallel.rules` says. None: on one device.
       dtype: of the Newton-Schulz products.
 
     Returns:
       A transform whose state is {"momentum": float32 tree like the parameters}.
     """
 
-    def direction(stack_NRC: Array) -> Array:
-        scale = update_rms * math.sqrt(max(stack_NRC.shape[-2:]))
-        return scale * orthogonalize(stack_NRC, steps=steps, dtype=dtype)
+    def direction(stack_NRC: Array, layout: Layout) -> Array:
+        scale = update_rms * math.sqrt(max(whole_shape(stack_NRC, layout)))
+        return scale * orthogonalize(stack_NRC, steps=steps, dtype=dtype, layout=layout)
 
     def init(params):
         return {"momentum": jax.tree.map(jnp.zeros_like, params)}
@@ -92,33 +109,45 @@ def scale_by_muon(
     def update(grads, state, params=None):
         velocity = jax.tree.map(lambda m, g: momentum * m + g, state["momentum"], grads)
         ahead = jax.tree.map(lambda g, v: g + momentum * v, grads, velocity)
-        return map_stacks(direction, ahead, matrices), {"momentum": velocity}
+        return _map_on_mesh(direction, ahead, matrices, logical_axes), {"momentum": velocity}
 
     return optax.GradientTransformation(init, update)
 
 
-def map_stacks(
-    change: Callable[[Float[Array, "N R C"]], Float[Array, "N R C"]], tree: PyTree, matrices: PyTree
-) -> PyTree:
+def _map_on_mesh(change: Change, tree: PyTree, matrices: PyTree, logical_axes: PyTree | None) -> PyTree:
+    """`map_stacks`, each device with its parts of the parameters."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if logical_axes is None or mesh.empty or mesh.size == 1:
+        return map_stacks(change, tree, matrices, jax.tree.map(lambda _: HERE, tree))
+    several = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    specs = jax.tree.map(lambda x, axes: spec(axes, x.shape, mesh), tree, logical_axes)
+    layouts = jax.tree.map(lambda s, kind: layout_of(s, kind.batch, kind.rows, several), specs, matrices)
+    run = functools.partial(map_stacks, change, matrices=matrices, layouts=layouts)
+    return jax.shard_map(run, in_specs=(specs,), out_specs=specs, check_vma=False)(tree)
+
+
+def map_stacks(change: Change, tree: PyTree, matrices: PyTree, layouts: PyTree) -> PyTree:
     """Applies a function of stacked matrices to all leaves, those of one shape together while they are small.
 
     A chain of products of one such matrix leaves most of a device idle, whatever waits behind it.
 
     Args:
-      change: from matrices to as many of the same shape, each by itself.
+      change: from matrices and their layout to as many of the same shape, each by itself.
       tree: arrays.
       matrices: tree like it of `Matrix`.
+      layouts: tree like it of `Layout`; what lies differently does not go together.
     """
     leaves, structure = jax.tree.flatten(tree)
-    kinds = jax.tree.leaves(matrices)
+    kinds, places = jax.tree.leaves(matrices), jax.tree.leaves(layouts, is_leaf=lambda x: isinstance(x, Layout))
     stacks = [x.reshape(-1, *kind.shape(x.shape)[-2:]) for x, kind in zip(leaves, kinds, strict=True)]
     groups: dict[tuple, list[int]] = {}
     for index, stack in enumerate(stacks):
         alone = stack.size > SMALL_STACK
-        groups.setdefault((stack.shape, index) if alone else stack.shape[1:], []).append(index)
+        alike = (stack.shape, index) if alone else (stack.shape[1:], places[index])
+        groups.setdefault(alike, []).append(index)
     changed = {}
     for members in groups.values():
         counts = [stacks[index].shape[0] for index in members]
-        together = change(jnp.concatenate([stacks[index] for index in members]))
+        together = change(jnp.concatenate([stacks[index] for index in members]), places[members[0]])
         changed |= zip(members, jnp.split(together, list(itertools.accumulate(counts))[:-1]), strict=True)
     return jax.tree.unflatten(structure, [changed[index].reshape(x.shape) for index, x in enumerate(leaves)])

@@ -100,7 +100,11 @@ def build_optimizer(cfg: Optimizer, assignments: Mapping[Path, Assignment]) -> o
     if isinstance(cfg, Muon):
         matrices = unflatten_dict({path: a.matrix for path, a in assignments.items() if a.matrix})
         transforms["muon"] = scale_by_muon(
-            matrices, momentum=cfg.momentum, steps=cfg.newton_schulz_steps, update_rms=cfg.update_rms
+            matrices,
+            momentum=cfg.momentum,
+            steps=cfg.newton_schulz_steps,
+            update_rms=cfg.update_rms,
+            logical_axes=unflatten_dict({path: a.axes for path, a in assignments.items() if a.matrix}),
         )
     decay = {path: cfg.weight_decay * a.decay for path, a in assignments.items()}
 

@@ -84,7 +84,7 @@ def test_three_steps_equal_moonlights(shape, dtype, tolerance):
     assert np.abs(got["w"] - weight).max() / moved < tolerance
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 48), (2, 2, 48, 16), (64, 64)])
+@pytest.mark.parametrize("shape", [(4, 16, 48), (4, 48, 16), (1, 64, 64)])
 def test_update_is_orthogonal_and_has_one_rms(shape):
     x = jax.random.normal(jax.random.key(0), shape)
     factor = jax.jit(orthogonalize)(x)
