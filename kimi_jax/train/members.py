@@ -73,19 +73,18 @@ class Feed:
         for member, data in zip(members, self.datasets * self._repeats, strict=True):
             save_tokenizer(data, member.paths.tokenizer)
 
-    def shapes(self, steps: int) -> dict[str, np.ndarray]:
-        """What `draw` returns, without content."""
-        return {name: np.zeros((steps, *self._shape), dtype) for name, dtype in DTYPES.items()}
+    def empty(self, size: int) -> Batch:
+        """Room for `size` batches: arrays [size, B, T] if all members see the same, else [size, members, B, T]."""
+        return {name: np.zeros((size, *self._shape), dtype) for name, dtype in DTYPES.items()}
 
-    def draw(self, steps: int) -> Batch:
-        """The next batches: arrays [steps, B, T] if shared, else [steps, members, B, T]."""
-        drawn = [[next(iterator) for iterator in self._iterators] for _ in range(steps)]
-        return {
-            name: np.stack([self._join([batch[name] for batch in batches]) for batches in drawn]) for name in DTYPES
-        }
-
-    def _join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        return arrays[0] if self.shared else np.stack(arrays)
+    def draw(self, steps: int, size: int) -> Batch:
+        """The next batches of all members, in the first `steps` rows of `empty(size)`."""
+        batches = self.empty(size)
+        for step in range(steps):
+            for member, iterator in enumerate(self._iterators):
+                for name, rows in next(iterator).items():
+                    batches[name][step if self.shared else (step, member)] = rows
+        return batches
 
     @property
     def positions(self) -> list[dict[str, Any]]:

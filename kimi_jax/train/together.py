@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 from rich.console import Console
 
 from kimi_jax.config.sweep import Until
 from kimi_jax.config.train import RunConfig
+from kimi_jax.data.pipeline import Batch
 from kimi_jax.errors import UserError
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.evaluation import VALIDATION, Evaluator, Sums, mean_metrics, open_measurements
@@ -102,19 +102,32 @@ def _open_member(stack: contextlib.ExitStack, cfg: RunConfig, path: Path) -> Mem
 
 
 def build_block(recipe: Recipe, *, shared_data: bool) -> Callable[..., tuple[State, dict[str, Array]]]:
-    """Makes (states, batches, peak_lrs) -> (states, metrics): a scan over steps of a vmap over members.
+    """Makes (states, batches, steps, peak_lrs) -> (states, metrics): a loop over steps of a vmap over members.
 
     Args:
       recipe: of any member.
-      shared_data: whether batches are arrays [steps, B, T] for all members, or [steps, members, B, T].
+      shared_data: whether batches are arrays [N, B, T] for all members, or [N, members, B, T].
 
     Returns:
-      The function; states have a leading axis of members, peak_lrs is [members], metrics are [steps, members].
+      The function; states have a leading axis of members, steps is how many of the N batches are used, peak_lrs is
+      [members], metrics are [N, members], 0 after the last step.
     """
     step = jax.vmap(build_train_step(recipe), in_axes=(0, None if shared_data else 0, 0))
 
-    def block(states: State, batches: Mapping[str, Array], peak_lrs: Float[Array, "M"]):
-        return jax.lax.scan(lambda states, batch: step(states, batch, peak_lrs), states, batches)
+    def block(
+        states: State, batches: Mapping[str, Shaped[Array, "N ..."]], steps: Int[Array, ""], peak_lrs: Float[Array, "M"]
+    ):
+        batch_at = lambda i: {name: jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for name, x in batches.items()}
+        shapes = jax.eval_shape(lambda: step(states, batch_at(0), peak_lrs)[1])
+        size = len(batches["inputs"])
+        zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
+
+        def one(i, carry):
+            states, metrics = carry
+            states, new = step(states, batch_at(i), peak_lrs)
+            return states, jax.tree.map(lambda rows, row: rows.at[i].set(row), metrics, new)
+
+        return jax.lax.fori_loop(0, steps, one, (states, zeros))
 
     return block
 
@@ -127,7 +140,7 @@ class _Group:
         self.recipe = Recipe(members[0].cfg)
         self.peak_lrs = np.array([member.cfg.optim.peak_lr for member in members], np.float32)
         self.console = Console(soft_wrap=True)
-        self.pending: collections.deque[tuple[int, dict[str, Array]]] = collections.deque()
+        self.pending: collections.deque[tuple[int, int, dict[str, Array]]] = collections.deque()
         self.clock = _Clock()
         self.step = self.saved_step = 0
         self.ended_early = False
@@ -155,33 +168,33 @@ class _Group:
     def compile(self) -> None:
         """Compiles a block of steps, and the validation."""
         start = time.perf_counter()
-        due = math.gcd(self.cfg.steps, self.cfg.validation.every, self.cfg.checkpoints.every, self.step)
-        self.block_steps = max(n for n in range(1, BLOCK_STEPS + 1) if due % n == 0)  # nothing is due within a block
+        self.block_steps = min(BLOCK_STEPS, self.cfg.steps, self.cfg.validation.every, self.cfg.checkpoints.every)
         block = jax.jit(build_block(self.recipe, shared_data=self.feed.shared), donate_argnums=0)
         try:
-            lowered = block.lower(self.states, self.feed.shapes(self.block_steps), self.peak_lrs)
+            lowered = block.lower(self.states, self.feed.empty(self.block_steps), np.int32(0), self.peak_lrs)
         except NotImplementedError as error:  # an operator's implementation that the config names cannot run here
             raise UserError(f"config: {error}") from error
         self.train_block = lowered.compile()
         measurements = open_measurements(self.recipe.cfg, self.feed.datasets[0])  # the same for all seeds
         over_members = functools.partial(jax.vmap, in_axes=(0, 0, None, None))
         self.evaluator = Evaluator(self.recipe, measurements, over=over_members)
-        self._print(f"compiled blocks of {self.block_steps} steps in {time.perf_counter() - start:.1f} s")
+        self._print(f"compiled up to {self.block_steps} steps at a time in {time.perf_counter() - start:.1f} s")
 
     # -------------------------------------------------------------- steps
     def run(self, stop: StopRequest, until: Until | None) -> None:
         """Takes steps until all are done, `until` holds or a signal comes; leaves a checkpoint of the last one."""
-        batches = self.feed.draw(self.block_steps)
+        block = self._next_block()
         while self.step < self.cfg.steps and not stop and not self.ended_early:
-            self.states, metrics = self.train_block(self.states, batches, self.peak_lrs)
-            self.step += self.block_steps
-            self.pending.append((self.step, metrics))
+            steps, batches = block
+            self.states, metrics = self.train_block(self.states, batches, steps, self.peak_lrs)
+            self.step += int(steps)
+            self.pending.append((self.step, steps, metrics))
             last = self.step == self.cfg.steps
             validation, rest = divmod(self.step, self.cfg.validation.every)
             due = last or not rest
             sums = self.evaluator.start(*self._models, validation, last=last) if due else {}
             self.positions = self.feed.positions
-            batches = batches if last else self.feed.draw(self.block_steps)  # while the device works
+            block = self._next_block()  # drawn while the device works
             if due:
                 self._settle(keep=1)
                 self._settle(keep=0, validation=self._validation(sums))
@@ -191,6 +204,13 @@ class _Group:
             self._settle(keep=1)
         if self.step > self.saved_step:
             self._checkpoint()
+
+    def _next_block(self) -> tuple[np.int32, Batch]:
+        """How many steps come next, so that nothing is due between them, and their batches."""
+        every = (self.cfg.validation.every, self.cfg.checkpoints.every)
+        due = min(self.cfg.steps, *((self.step // n + 1) * n for n in every))
+        steps = min(due - self.step, self.block_steps)
+        return np.int32(steps), self.feed.draw(steps, self.block_steps)
 
     @property
     def _models(self) -> tuple[Variables, Variables]:
@@ -207,11 +227,10 @@ class _Group:
     def _settle(self, *, keep: int, validation: Validation | None = None) -> None:
         """Fetches and writes the steps of finished blocks, oldest first; `validation` belongs to the last of them."""
         while len(self.pending) > keep:
-            end, on_device = self.pending.popleft()
+            end, steps, on_device = self.pending.popleft()
             metrics = jax.device_get(on_device)
             rate = self.clock.lap(int(metrics["tokens"].sum()))
-            steps = range(end - len(metrics["tokens"]) + 1, end + 1)
-            for at, step in enumerate(steps):
+            for at, step in enumerate(range(end - steps + 1, end + 1)):
                 rows = {name: x[at] for name, x in metrics.items()}
                 self._write(step, rows, rate, validation if step == end else None)
             if validation:
