@@ -81,7 +81,8 @@ def _spread(implementation, x):
 
 
 def _ssd(implementation, x):
-    arrays = (x["q"], x["k"], x["v"], -jnp.exp(x["a_log"]) * x["beta"].astype(jnp.float32), x["beta"])
+    decay = -jnp.exp(x["a_log"])[None, None] * x["beta"].astype(jnp.float32)
+    arrays = (x["q"], x["k"], x["v"], decay, x["beta"])
     return ssd.chunk_ssd(*arrays, initial_state=x["state"], implementation=implementation)
 
 
