@@ -1,0 +1,129 @@
+"""The clusters that can be planned for: what their GPUs do, hold and move."""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+
+from kimi_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU in hosts of eight, as it is usually rented.
+
+    Args:
+      kind: as the driver names it.
+      memory_bytes: what the driver shows.
+      copy_bytes_per_s: device memory, bytes read and written.
+      link_bytes_per_s: to the other GPUs of its host, each way, as collectives reach it.
+      network_bytes_per_s: of its own network adapter, each way, as collectives reach it.
+      capability: of its kernels.
+    """
+
+    kind: str
+    memory_bytes: int
+    copy_bytes_per_s: float
+    link_bytes_per_s: float = 360e9
+    network_bytes_per_s: float = 42e9
+    per_host: int = 8
+    capability: str = "9.0"
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", memory_bytes=84942979072, copy_bytes_per_s=2.94e12),
+    "h200": Gpu("NVIDIA H200", memory_bytes=150755147776, copy_bytes_per_s=4.3e12),
+}
+"""Copies are measured (docs/performance.md). The rates of links are what NCCL usually reaches of NVLink's 450 GB/s and
+of 400 Gbit/s per GPU; they are assumed, not measured."""
+
+USABLE = 0.92  # share of a GPU's memory that a program may plan with: XLA_PYTHON_CLIENT_MEM_FRACTION
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """So many GPUs of one kind."""
+
+    gpu: Gpu
+    count: int
+
+    @property
+    def hosts(self) -> int:
+        return -(-self.count // self.gpu.per_host)
+
+    @property
+    def usable_bytes(self) -> float:
+        """Per GPU."""
+        return USABLE * self.gpu.memory_bytes
+
+    def bytes_per_s(self, size: int, stride: int) -> float:
+        """What each of `size` GPUs, every `stride`-th, sends at most in a ring.
+
+        Those of one host share its network adapters, one of which belongs to each GPU that takes part.
+        """
+        if size * stride <= self.gpu.per_host:
+            return self.gpu.link_bytes_per_s
+        neighbours = max(1, self.gpu.per_host // stride)
+        return min(self.gpu.link_bytes_per_s, neighbours * self.gpu.network_bytes_per_s)
+
+
+def read_hardware(text: str) -> Hardware:
+    """Reads a number and a kind, as 64xh100.
+
+    Raises:
+      UserError: it is not of that form, or the kind is unknown.
+    """
+    found = re.fullmatch(r"([1-9][0-9]*)x([a-z0-9]+)", text.lower())
+    if not found:
+        raise UserError(f"--hardware={text!r}: must be a number and a kind of GPU, as 64xh100")
+    count, kind = int(found[1]), found[2]
+    if kind not in GPUS:
+        near = difflib.get_close_matches(kind, GPUS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--hardware={text!r}: unknown GPU {kind!r}; known are {', '.join(GPUS)}{hint}")
+    gpu = GPUS[kind]
+    if count > gpu.per_host and count % gpu.per_host:
+        raise UserError(f"--hardware={text!r}: more than one host has whole hosts, multiples of {gpu.per_host} GPUs")
+    return Hardware(gpu, count)
+
+
+def compiler_target(gpu: Gpu) -> str:
+    """The GPU as XLA's compiler wants it described, where there is none to ask: Hopper's sizes, in protobuf text."""
+    hopper = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49152,
+        "shared_memory_per_core": 233472,
+        "threads_per_core_limit": 2048,
+        "core_count": 132,
+        "fpus_per_core": 128,
+        "block_dim_limit_x": 2147483647,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "memory_bandwidth": 3352320000000,
+        "l2_cache_size": 52428800,
+        "clock_rate_ghz": 1.98,
+        "device_memory_size": gpu.memory_bytes,
+        "shared_memory_per_block_optin": 232448,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+    }
+    sizes = " ".join(f"{name}: {value}" for name, value in hopper.items())
+    major, minor = gpu.capability.split(".")
+    return (
+        f"gpu_device_info {{ {sizes} cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
+        f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{gpu.kind}"'
+    )
+
+
+def topology_name(hardware: Hardware) -> str:
+    """Partitions x hosts x GPUs of a host, as `jax.experimental.topologies` wants it."""
+    return f"1x{hardware.hosts}x{hardware.count // hardware.hosts}"
+
+
+def as_text(hardware: Hardware) -> str:
+    """The form that `read_hardware` reads."""
+    kind = next(name for name, gpu in GPUS.items() if dataclasses.astuple(gpu) == dataclasses.astuple(hardware.gpu))
+    return f"{hardware.count}x{kind}"

@@ -1,0 +1,150 @@
+"""What a training step sends over each axis of the mesh, in closed form, in bytes per device (docs/scaling.md)."""
+
+import collections
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import jax
+
+from kimi_jax.config.mixer import MlaMixer, ShortConv
+from kimi_jax.config.model import MoeFfn
+from kimi_jax.config.train import NoRemat, RunConfig
+from kimi_jax.experiments.plan_hardware import Hardware
+from kimi_jax.models.layout import layer_kinds
+from kimi_jax.parallel.rules import RULES, spec
+from kimi_jax.train.state import Recipe
+from kimi_jax.types import PyTree
+
+ACTIVATION_BYTES = 2  # per element that travels: bfloat16
+GRADIENT_AXES = RULES["batch"] + RULES["tokens"]  # over which parts of a batch lie, so that gradients are summed
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One reason to send.
+
+    Args:
+      axes: of the mesh.
+      what: travels.
+      sent_bytes: by each device per step.
+    """
+
+    axes: tuple[str, ...]
+    what: str
+    sent_bytes: float
+
+
+def count_traffic(recipe: Recipe, params: PyTree, mesh: jax.sharding.AbstractMesh) -> list[Traffic]:
+    """Counts all axes; exchanges of a few numbers per token or per step are left out.
+
+    Args:
+      params: shapes and dtypes, as in `recipe.abstract_state()`.
+    """
+    cfg, sums = recipe.cfg, collections.defaultdict(float)
+    kinds = [*_parameters(recipe, params, mesh), *_tensor(cfg, mesh), *_experts(cfg, mesh), *_context(cfg, mesh)]
+    for traffic in kinds:
+        sums[traffic.axes, traffic.what] += traffic.sent_bytes
+    return [Traffic(*key, size) for key, size in sums.items() if size]
+
+
+def seconds(traffic: Traffic, hardware: Hardware, mesh_shape: Mapping[str, int]) -> float:
+    """At the rate of the links that the axes lie over; the last axes are neighbours."""
+    names = list(mesh_shape)
+    size = math.prod(mesh_shape[axis] for axis in traffic.axes)
+    last = max(names.index(axis) for axis in traffic.axes)
+    stride = math.prod(mesh_shape[axis] for axis in names[last + 1 :])
+    return traffic.sent_bytes / hardware.bytes_per_s(size, stride)
+
+
+def passes(cfg: RunConfig) -> tuple[int, int]:
+    """(forward, backward) passes over the blocks per microbatch: what is recomputed runs forward twice."""
+    return (1 if isinstance(cfg.train.remat, NoRemat) else 2), 1
+
+
+# ------------------------------------------------------------------ parameters
+def _parameters(recipe: Recipe, params: PyTree, mesh) -> Iterator[Traffic]:
+    """Gathered before they are used, in the backward pass once more; gradients are summed where the parameter lies.
+
+    Over axes that cut the batch but not the parameter its gradient is summed on all devices.
+    """
+    times, (forward, backward) = recipe.cfg.train.grad_accum, passes(recipe.cfg)
+    is_axes = lambda x: isinstance(x, tuple)
+    for leaf, axes in zip(jax.tree.leaves(params), jax.tree.leaves(recipe.logical_axes, is_leaf=is_axes), strict=True):
+        cuts = spec(axes, leaf.shape, mesh)
+        cut = {name for part in cuts for name in jax.tree.leaves(part)}
+        home = {name for name, part in zip(axes, cuts, strict=True) if name == "experts" and part}
+        gathered = [a for a in GRADIENT_AXES if a in cut and not (home and a in RULES["experts"])]
+        whole = leaf.size / math.prod(mesh.shape[a] for a in cut if a not in gathered)
+        item = min(leaf.dtype.itemsize, ACTIVATION_BYTES) if leaf.ndim > 1 else leaf.dtype.itemsize
+        n = math.prod(mesh.shape[a] for a in gathered)
+        if n > 1:
+            share = whole * (n - 1) / n
+            yield Traffic(tuple(gathered), "parameters, gathered", times * (forward + backward) * share * item)
+            yield Traffic(tuple(gathered), "gradients, scattered", times * share * leaf.dtype.itemsize)
+        copies = tuple(a for a in GRADIENT_AXES if a not in cut and mesh.shape[a] > 1)
+        c = math.prod(mesh.shape[a] for a in copies)
+        if c > 1:
+            yield Traffic(copies, "gradients, summed", times * 2 * whole / n * (c - 1) / c * leaf.dtype.itemsize)
+
+
+# ------------------------------------------------------------------ activations
+def local_tokens(cfg: RunConfig, mesh) -> float:
+    """Of one microbatch on one device."""
+    rows = cfg.train.batch_size // cfg.train.grad_accum
+    cuts = spec(("batch", "tokens"), (rows, cfg.data.seq_len), mesh)
+    parts = math.prod(mesh.shape[name] for part in cuts for name in jax.tree.leaves(part))
+    return rows * cfg.data.seq_len / parts
+
+
+def _tensor(cfg: RunConfig, mesh) -> Iterator[Traffic]:
+    """Each block sums the results of its mixer and of its feed-forward part; backward the gradients of their inputs.
+
+    Embedding and head are cut over the vocabulary: a sum forward, and one backward.
+    """
+    n = mesh.shape["tensor"]
+    if n == 1:
+        return
+    forward, backward = passes(cfg)
+    sums = 2 * cfg.model.num_layers * (forward + backward) + 2
+    size = local_tokens(cfg, mesh) * cfg.model.model_dim * ACTIVATION_BYTES
+    yield Traffic(("tensor",), "activations, summed", cfg.train.grad_accum * sums * 2 * size * (n - 1) / n)
+
+
+def _experts(cfg: RunConfig, mesh) -> Iterator[Traffic]:
+    """Tokens go to the devices of their experts and one row comes back, backward their gradients."""
+    n = mesh.shape["expert"]
+    if n == 1 or not isinstance(cfg.model.ffn, MoeFfn):
+        return
+    ffn, m = cfg.model.ffn, local_tokens(cfg, mesh)
+    slots = n * min(m, ffn.capacity * m * ffn.top_k / n)
+    row = ACTIVATION_BYTES * cfg.model.model_dim
+    numbers = ffn.top_k * (4 + 4)  # of experts and their weights
+    layers = sum(isinstance(kind, MoeFfn) for _, kind in layer_kinds(cfg.model))
+    forward, backward = passes(cfg)
+    sent = slots * (n - 1) / n * (forward * (2 * row + numbers) + backward * (2 * row + numbers / 2))
+    yield Traffic(("expert",), "tokens, to their experts and back", cfg.train.grad_accum * layers * sent)
+
+
+def _context(cfg: RunConfig, mesh) -> Iterator[Traffic]:
+    """See `kimi_jax.parallel.context`; the backward pass sends as much as the forward pass."""
+    c = mesh.shape["context"]
+    if c == 1:
+        return
+    tokens = local_tokens(cfg, mesh)
+    rows = tokens * c / cfg.data.seq_len
+    times = cfg.train.grad_accum * sum(passes(cfg))
+    for mixer, _ in layer_kinds(cfg.model):
+        heads = lambda number: number / (mesh.shape["tensor"] if number % mesh.shape["tensor"] == 0 else 1)
+        if isinstance(mixer, MlaMixer):
+            latents = tokens * c * (mixer.latent_dim + mixer.rope_dim)
+            queries = tokens * heads(mixer.num_heads) * (mixer.query_dim + mixer.value_dim)
+            sent = ACTIVATION_BYTES * (c - 1) / c * (latents + queries)
+            yield Traffic(("context",), "latents, queries and results", times * sent)
+            continue
+        H, HV, K, V = heads(mixer.num_heads), heads(mixer.value_heads), mixer.key_dim, mixer.value_dim
+        sent = 4 * (c - 1) * HV * K * (K + V)
+        if isinstance(mixer.conv, ShortConv):
+            channels = 2 * H * K + HV * V
+            sent += ACTIVATION_BYTES * (c - 1) * (mixer.conv.width - 1) * channels
+        yield Traffic(("context",), "states and last inputs", times * rows * sent)
