@@ -31,7 +31,7 @@ ALLOWED = {
     "train": {*BASE, "layers", "models", "parallel", "data"},
     "generate": {*BASE, "layers", "models", "parallel", "data", "interop", "train", "kernels"},
     "interop": {*BASE, "layers", "models", "parallel", "data", "train"},
-    "experiments": {*BASE, "models", "parallel", "data", "train", "generate", "interop"},
+    "experiments": {*BASE, "models", "parallel", "data", "train", "generate", "interop", "kernels"},
 }
 
 
