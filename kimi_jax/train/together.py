@@ -245,7 +245,7 @@ class _Group:
             if member.failure:
                 continue
             record = member.note_step(step, {name: x[i].item() for name, x in rows.items()})
-            if logged:
+            if logged and not member.failure:
                 member.write(record | (validation[i] if validation else {}) | speed)
 
     def _show(self, step: int, validation: Validation, rate: float | None) -> None:
