@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from kimi_jax.errors import UserError
 from kimi_jax.experiments import launch
 from kimi_jax.experiments.launch import Local
 from kimi_jax.experiments.plan_sweep import batch_script, plan, plan_table
-from kimi_jax.experiments.sweep import digest, load_sweep
+from kimi_jax.experiments.sweep import digest, group_runs, load_sweep
 from kimi_jax.train.run_dir import IN_USE
 from kimi_jax.train.signals import StopRequest
 
@@ -118,6 +119,8 @@ def test_names_are_of_the_configs_alone(tmp_path):
         ({"runs": {"a": {}}, "exclude": [{"runs": "a"}]}, "leaves no run"),
         ({"gird": {}}, "gird: unknown key; did you mean 'grid'?"),
         ({"base": "nowhere.yaml"}, "nowhere.yaml: no such config file"),
+        ({"together": {"over": ["seeds"]}, "grid": {"optim.peak_lr": [1e-3]}}, "together.over: 'seeds' is not swept"),
+        ({"together": {"over": ["data.seq_len"]}}, "together.over.0: got 'data.seq_len'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, sweep, message):
@@ -218,6 +221,34 @@ def test_the_batch_script_runs_the_same_commands(tmp_path, stand_in):
         subprocess.run(["bash", "-c", script], env=environment, check=True)
     assert all(run.is_finished(tmp_path / "with space") for run in runs)
     assert batch_script(runs, tmp_path / "with space", stand_in) == "# every run is finished"
+
+
+def test_groups_are_runs_that_differ_in_nothing_else(tmp_path, stand_in):
+    """And each is one process: scripts/train_together.py in the place of scripts/train.py."""
+    grid = {"data.seq_len": [32, 64], "optim.peak_lr": [1e-3, 2e-3]}
+    path = write(tmp_path, grid=grid, seeds=[0, 1], together={"over": ["optim.peak_lr"]})
+    units = group_runs(path, load_sweep(path))
+    assert [unit.name for unit in units] == [f"seq_len={n}-seed={seed}" for n in (32, 64) for seed in (0, 1)]
+    assert all({run.config.optim.peak_lr for run in unit.runs} == {1e-3, 2e-3} for unit in units)
+    alone, together = Path(stand_in[-1]), Path(stand_in[-1]).with_name("train_together.py")
+    together.write_text(
+        "import pathlib, subprocess, sys\n"
+        "from kimi_jax.experiments.sweep import group_runs, load_sweep\n"
+        "sweep, _, runs, _, name = map(pathlib.Path, sys.argv[1:])\n"
+        "group = next(g for g in group_runs(sweep, load_sweep(sweep)) if g.name == str(name))\n"
+        f"[subprocess.run(run.prepare(runs, (sys.executable, {str(alone)!r})), check=True) for run in group.runs]\n"
+    )
+    runs_dir = tmp_path / "runs"
+    for state in ("finished", "finished before"):
+        outcomes = Local(runs_dir, stand_in, at_once=2).launch(units, StopRequest(), lambda outcome: None)
+        assert collections.Counter(outcome.state for outcome in outcomes) == {state: 4}
+    ends = (runs_dir / "ends").read_text().split()
+    assert collections.Counter(ends) == {run.name: 1 for unit in units for run in unit.runs}
+    run = units[0].runs[0]
+    shutil.rmtree(run.directory(runs_dir).checkpoints)
+    assert not units[0].is_finished(runs_dir) and units[0].unfinished(runs_dir) == [run]
+    run.directory(runs_dir).mark_ended(7)
+    assert units[0].is_finished(runs_dir), "ended early is finished, too"
 
 
 KILLED = 3
