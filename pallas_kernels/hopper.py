@@ -19,6 +19,11 @@ def compiling_for(capability: str) -> Iterator[None]:
         _described.pop()
 
 
+def is_absent() -> bool:
+    """Whether the GPU that programs are made for is only described."""
+    return bool(_described)
+
+
 def find_capability() -> str:
     """Compute capability of the GPU that programs are made for."""
     return _described[-1] if _described else jax.devices()[0].compute_capability

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.hopper import find_capability
+from pallas_kernels.hopper import find_capability, is_absent
 from pallas_kernels.mla import xla
 from pallas_kernels.mla.self_attention import join_keys, join_queries, refuse_others
 
@@ -20,6 +20,8 @@ def refuse(q_nope, q_shared, k_nope, k_shared, v, *, scale, segment_ids, **masks
     refusal = refuse_others(q_nope, q_shared, k_nope, k_shared, v, segment_ids=segment_ids, **masks)
     if refusal:
         return refusal
+    if is_absent():
+        return "needs the library of a GPU that is there, this one is only described"
     capability = find_capability()
     if float(capability) < CAPABILITY:
         return f"needs compute capability {CAPABILITY}.0, this GPU has {capability}"
