@@ -1,4 +1,4 @@
-"""Runs a sweep: python scripts/sweep.py SWEEP.yaml [--runs-dir DIR] [--dry-run] [--launcher local|print]."""
+"""Runs a sweep: python scripts/sweep.py SWEEP.yaml [--runs-dir DIR] [--dry-run] [--launcher local|slurm|print]."""
 
 import argparse
 import collections
@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts, positive
+from kimi_jax.experiments import resources
 
 STYLES = {"finished": "green", "finished before": "dim", "failed": "red", "stopped": "yellow"}
+STYLES |= {"submitted": "green", "in the queue": "dim"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -20,11 +22,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the runs, their size and the time left; then stop"
     )
-    parser.add_argument("--launcher", choices=("local", "print"), default="local", help="print: an sbatch script")
     parser.add_argument(
-        "--at-once", type=positive, metavar="N", help="processes at a time (default: one per GPU, else 1)"
+        "--launcher",
+        choices=("local", "slurm", "print"),
+        default="local",
+        help="slurm: an array of jobs; print: an sbatch script",
+    )
+    parser.add_argument(
+        "--at-once", type=positive, metavar="N", help="at a time (default: one per GPU, else 1; with slurm no limit)"
     )
     parser.add_argument("--only", metavar="TEXT", help="only runs whose name contains TEXT, with their groups")
+    resources.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -32,7 +40,9 @@ def main() -> int:
     arguments = parse_arguments()
     with plain_interrupts():
         from kimi_jax.experiments import launch, plan_sweep  # after --help: these import jax
+        from kimi_jax.experiments.slurm import Slurm
         from kimi_jax.experiments.sweep import group_runs, load_sweep
+        from kimi_jax.parallel.processes import visible_gpus
         from kimi_jax.train.signals import catch_stop_signals
 
     runs_dir = arguments.runs_dir or Path("runs") / arguments.sweep.resolve().parent.name / arguments.sweep.stem
@@ -44,7 +54,7 @@ def main() -> int:
     if not runs:
         raise UserError(f"--only={arguments.only!r}: no run of {arguments.sweep} has it in its name")
     train = (sys.executable, str(Path(__file__).resolve().with_name("train.py")))
-    gpus = launch.visible_gpus()
+    gpus = visible_gpus()
     at_once = arguments.at_once or len(gpus) or 1
     console = Console()
     if arguments.launcher == "print" and not arguments.dry_run:
@@ -58,8 +68,13 @@ def main() -> int:
         style, seconds = STYLES[outcome.state], f" in {outcome.seconds:.0f} s" if outcome.seconds else ""
         console.print(f"[{style}]{outcome.state}[/{style}]{seconds}: {escape(outcome.run.name)}", soft_wrap=True)
 
+    if arguments.launcher == "slurm":
+        limit = arguments.at_once or len(units)
+        launcher = Slurm(runs_dir, train, resources.from_arguments(arguments), limit)
+    else:
+        launcher = launch.Local(runs_dir, train, at_once, gpus)
     with catch_stop_signals() as stop:
-        outcomes = launch.Local(runs_dir, train, at_once, gpus).launch(units, stop, report)
+        outcomes = launcher.launch(units, stop, report)
     return summarize(outcomes, len(units), console, stop.exit_code)
 
 

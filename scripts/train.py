@@ -8,6 +8,7 @@ from pathlib import Path
 from kimi_jax.config.load import dump, json_schema, load
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import exit_on_user_error, plain_interrupts, positive
+from kimi_jax.experiments import resources
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,9 +23,13 @@ def parse_arguments() -> argparse.Namespace:
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--num-processes", type=positive, metavar="N")
     several.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
+    parser.add_argument("--launch", choices=("slurm",), help="put the run into the queue instead of starting it here")
+    resources.add_arguments(parser)
     arguments = parser.parse_intermixed_args()
     if not arguments.config and not arguments.json_schema:
         parser.error("name a config file")
+    if arguments.launch and arguments.resume != "auto":
+        parser.error("--launch: a job that comes back goes on, so --resume must be auto")
     return arguments
 
 
@@ -37,16 +42,34 @@ def main() -> int:
     if arguments.print_config:
         print(dump(cfg), end="")
         return 0
+    run_dir = arguments.run_dir or Path("runs") / arguments.config.stem
+    if arguments.launch:
+        return put_into_queue(cfg, run_dir, arguments)
     from kimi_jax.train import xla_flags
 
-    xla_flags.apply_defaults()
+    xla_flags.apply(cfg.train.flags)
     with plain_interrupts():
         from kimi_jax.parallel import processes  # after the config is known to be right: these import jax
         from kimi_jax.train.loop import train
 
     place = processes.find_place(arguments.coordinator, arguments.num_processes, arguments.process_id)
     with processes.joined(place, heartbeat_s=cfg.train.watchdog.heartbeat_s):
-        return train(cfg, arguments.run_dir or Path("runs") / arguments.config.stem, arguments.resume).exit_code
+        return train(cfg, run_dir, arguments.resume).exit_code
+
+
+def put_into_queue(cfg: RunConfig, run_dir: Path, arguments: argparse.Namespace) -> int:
+    """Submits the run as it is configured now; the job goes on by itself after its time limit and after preemption."""
+    with plain_interrupts():
+        from kimi_jax.experiments.slurm import submit
+        from kimi_jax.train.run_dir import write_whole
+
+    folder = run_dir.absolute() / "slurm"
+    write_whole(folder / "config.yaml", dump(cfg))
+    command = [sys.executable, str(Path(__file__).resolve()), str(folder / "config.yaml")]
+    command += ["--run-dir", str(run_dir.absolute())]
+    (job,) = submit([command], folder, resources.from_arguments(arguments), name=run_dir.name)
+    print(f"job {job.job_id}: {run_dir}; its output: {folder}/{job.job_id}_0_log.out")
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pydantic import Field
 from kimi_jax.config.base import Config
 from kimi_jax.config.data import DataConfig
 from kimi_jax.config.evaluation import Evaluation
-from kimi_jax.config.evaluation import Evaluation
 from kimi_jax.config.mesh import Mesh
 from kimi_jax.config.mixer import PositiveInt
 from kimi_jax.config.model import ModelConfig
@@ -89,6 +88,17 @@ class Watchdog(Config):
     """Seconds without a sign of life after which a process is taken for dead, and the others end."""
 
 
+class Flags(Config):
+    """Settings of XLA and NCCL; those that XLA_FLAGS or the environment already have stay as they are."""
+
+    preset: Literal["default", "overlap", "deterministic"] = "default"
+    """overlap: communication beside computation, in large messages; deterministic: equal bits in every process."""
+    xla: dict[str, str] = Field(default_factory=dict)
+    """Flags of XLA by name, without dashes."""
+    nccl: dict[Annotated[str, Field(pattern="^NCCL_[A-Z0-9_]+$")], str] = Field(default_factory=dict)
+    """Environment variables of NCCL."""
+
+
 class Train(Config):
     """The loop."""
 
@@ -116,10 +126,9 @@ class Train(Config):
     validation: Validation = Validation()
     evaluations: dict[str, Evaluation] = Field(default_factory=dict)
     """What else is measured, by name."""
-    evaluations: dict[str, Evaluation] = Field(default_factory=dict)
-    """What else is measured, by name."""
     checkpoints: Checkpoints = Checkpoints()
     watchdog: Watchdog = Watchdog()
+    flags: Flags = Flags()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.batch_size % self.grad_accum:

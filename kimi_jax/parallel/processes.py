@@ -303,9 +303,12 @@ class _Watch(threading.Thread):
         _exit(_exit_code(error), range(self._place.num_processes))
 
     def part(self) -> None:
-        """Waits until all processes are here."""
+        """Waits until all processes are here; process 0, which serves the others, also until they have gone."""
         self._parting.set()
         _client().wait_at_barrier("kimi_jax/part", WAIT_MS)
+        everyone = range(self._place.num_processes)
+        while self._place.process_id == 0 and len(_client().get_live_nodes(everyone)) > 1:
+            time.sleep(0.05)
 
 
 def _exit(code: int, alive: Sequence[int]) -> NoReturn:

@@ -33,7 +33,6 @@ FREE_KEYS = (
     "train.log_every",
     "train.validation",
     "train.evaluations",
-    "train.evaluations",
     "train.checkpoints",
     "train.non_finite",
     "train.remat",
@@ -41,7 +40,7 @@ FREE_KEYS = (
     "train.grad_accum",
     "mesh",
     "train.watchdog",
-    "train.xla",
+    "train.flags",
     "logging",
 )
 FREE_ENDINGS = (".implementation", ".chunk_size")
@@ -50,7 +49,7 @@ FREE_ENDINGS = (".implementation", ".chunk_size")
 PLACES = ("data.train", "data.validation")
 
 # What a start leaves that ended before config.yaml was written, over wrong data for instance: the next one may go on.
-BEFORE_CONFIG = (LOCK, "checkpoints", "log.txt")
+BEFORE_CONFIG = (LOCK, "checkpoints", "log.txt", "slurm", "stacks")
 
 
 @dataclass(frozen=True)
