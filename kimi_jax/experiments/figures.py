@@ -26,6 +26,10 @@ def draw_all(results: Sequence[Result], folder: Path) -> list[Path]:
     groups = group_runs(results)
     paths = [_draw_curves(groups, metric, folder / f"{metric}.png") for metric in METRIC_NAMES]
     paths += [_draw_bars(groups, metric, folder / f"{metric}_bars.png") for metric in METRIC_NAMES]
+    for metric in dict.fromkeys(name for run in results for name in run.evaluations):
+        paths.append(_draw_bars(groups, metric, folder / f"{metric}_bars.png"))
+    for evaluation in dict.fromkeys(name for run in results for name in run.config.train.evaluations):
+        paths.append(_draw_by_position(groups, evaluation, folder / f"{evaluation}_by_position.png"))
     paths += [_draw_by_length(results, folder / "accuracy_by_length.png")]
     paths += [_draw_by_step(results, folder / "accuracy_by_step.png")]
     paths += [_draw_scaling(results, folder / "scaling.png")]
@@ -75,10 +79,38 @@ def _draw_bars(groups: Sequence[Group], metric: str, path: Path) -> Path | None:
         margin = 0.15 * max(max(every) - min(every), 1e-3)
         start = max(min(every) - 3 * margin, 0)
         axes.set_xlim(start, max(every) + 2 * margin)
-        axes.set_xlabel(f"{METRIC_NAMES[metric]}; the axis starts at {start:.3g}", color=INK)
+        axes.set_xlabel(f"{_metric_name(metric)}; the axis starts at {start:.3g}", color=INK)
         axes.grid(visible=False, axis="y")
 
     return _save(draw, path, "", height=1.5 + 0.34 * len(shown), legend=False)
+
+
+def _metric_name(metric: str) -> str:
+    """What stands at an axis; of a further evaluation its name and what it measures."""
+    name, _, what = metric.rpartition("_loss_nats")
+    other = f"{name}: loss (nats per token)" if name and not what else metric.replace("_accuracy", ": accuracy")
+    return METRIC_NAMES.get(metric, other)
+
+
+def _draw_by_position(groups: Sequence[Group], evaluation: str, path: Path) -> Path | None:
+    """The loss by position in the document, each bin at its middle: the mean over the seeds of each group."""
+    shown = [group for group in groups if any(run.by_position(evaluation) for run in group.runs)]
+    if not shown or len(shown) > MANY:
+        return None
+
+    def draw(axes: Any) -> None:
+        for i, group in enumerate(shown):
+            rows = [run.by_position(evaluation) for run in group.runs if run.by_position(evaluation)]
+            positions = sorted(set.intersection(*map(set, rows)))
+            middles = [1.5 * position or 32 for position in positions]
+            style = {"color": COLORS[i % len(COLORS)], "linestyle": "-" if i < len(COLORS) else "--"}
+            means = [np.mean([row[position] for row in rows]) for position in positions]
+            axes.plot(middles, means, label=group.label, linewidth=1.3, marker=MARKERS[i % len(MARKERS)], **style)
+        axes.set_xscale("log", base=2)
+        axes.get_xaxis().set_major_formatter(lambda x, _: f"{x:.0f}")
+        axes.set_xlabel("position in the document (tokens)", color=INK)
+
+    return _save(draw, path, f"{evaluation}: loss (nats per token)")
 
 
 def _draw_by_length(results: Sequence[Result], path: Path) -> Path | None:

@@ -44,18 +44,28 @@ def write_report(runs_dir: Path, output: Path) -> list[Path]:
 
 def run_table(results: Sequence[Result]) -> Table:
     """One row per run."""
-    return _without_empty_columns([_run_row(run) for run in results])
+    return _without_empty_columns([_run_row(run, _evaluations(results)) for run in results])
 
 
-def _run_row(run: Result) -> dict[str, str]:
+def _evaluations(results: Sequence[Result]) -> list[str]:
+    """Metrics of further evaluations that any run has."""
+    return list(dict.fromkeys(metric for run in results for metric in run.evaluations))
+
+
+def _state(run: Result) -> str:
+    ended = f"ended early at {run.step}" if run.ended_early else "finished"
+    return ended if run.is_finished else f"step {run.step} of {run.config.train.steps}"
+
+
+def _run_row(run: Result, evaluations: Sequence[str]) -> dict[str, str]:
     return {
         "run": run.name,
-        "state": "finished" if run.is_finished else f"step {run.step} of {run.config.train.steps}",
+        "state": _state(run),
         "parameters": f"{run.parameters:,}",
         "tokens": f"{run.tokens:,}",
         "PFLOP": f"{run.flops / 1e15:.3g}",
         "loss_nats": _number(run.last("loss_nats")),
-        **{metric: _number(run.last(metric)) for metric in VALIDATION},
+        **{metric: _number(run.last(metric)) for metric in (*VALIDATION, *evaluations)},
         "best_validation_accuracy": _number(run.best("validation_accuracy")),
         "tokens_per_s": "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
     }
@@ -66,7 +76,7 @@ def group_table(results: Sequence[Result]) -> Table:
     groups = group_runs(results)
     if len(groups) == len(results):
         return []
-    metrics = ("loss_nats", *VALIDATION)
+    metrics = ("loss_nats", *VALIDATION, *_evaluations(results))
     rows = [
         {
             "group": group.label,

@@ -18,6 +18,7 @@ from kimi_jax.train.run_dir import RunDir, config_values
 
 PF_DAY = 1e15 * 86400  # FLOPs of a petaflop/s-day
 VALIDATION = ("validation_loss_nats", "validation_bits_per_byte", "validation_accuracy")
+POSITION = "_loss_nats_from_"  # between an evaluation's name and where a bin of positions begins
 LENGTH_KEY = "data.seq_len"
 
 SWEPT_OVER = (LENGTH_KEY, "train.batch_size", "optim.peak_lr")  # what a family of runs is looked at across
@@ -33,6 +34,8 @@ class Result:
     parameters: int
     active_parameters: int
     flops_per_token: float
+    ended_early: bool = False
+    """A run of its group had learnt the task before the last step."""
 
     @property
     def step(self) -> int:
@@ -40,7 +43,7 @@ class Result:
 
     @property
     def is_finished(self) -> bool:
-        return self.step >= self.config.train.steps
+        return self.ended_early or self.step >= self.config.train.steps
 
     @property
     def tokens(self) -> int:
@@ -59,6 +62,18 @@ class Result:
     def series(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) wherever the metric was measured and is finite."""
         return [(record["step"], record[metric]) for record in self.records if record.get(metric) is not None]
+
+    @property
+    def evaluations(self) -> list[str]:
+        """Metrics of `train.evaluations`, without those by position, as far as they were measured."""
+        names = (f"{name}_{what}" for name in self.config.train.evaluations for what in ("loss_nats", "accuracy"))
+        return [name for name in names if self.series(name)]
+
+    def by_position(self, evaluation: str) -> dict[int, float]:
+        """The last loss of an evaluation by the first position of each bin; empty if it was not measured so."""
+        start = f"{evaluation}{POSITION}"
+        names = {key for record in self.records for key in record if key.startswith(start)}
+        return {position: self.last(f"{start}{position}") for position in sorted(int(n[len(start) :]) for n in names)}
 
     def last(self, metric: str) -> float | None:
         values = self.series(metric)
@@ -112,6 +127,7 @@ def _read(folder: Path, runs_dir: Path) -> Result:
         parameters=counts.total,
         active_parameters=counts.active_without_embeddings,
         flops_per_token=count_flops(config.model, config.data.seq_len).total,
+        ended_early=run_dir.ended.exists(),
     )
 
 
