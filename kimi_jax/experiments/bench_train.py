@@ -107,7 +107,7 @@ def table(rows: Sequence[Row]) -> str:
 def _cells(cfg: RunConfig, m: Measurement) -> list[str]:
     median = statistics.median(m.step_ms)
     rate = m.tokens / median * 1e3
-    utilization = model_flops_utilization(rate, count_flops(cfg.model, cfg.data.seq_len).total, m.device)
+    utilization = model_flops_utilization(rate / m.devices, count_flops(cfg.model, cfg.data.seq_len).total, m.device)
     return [
         *(f"{x:.2f}" for x in (median, min(m.step_ms), max(m.step_ms))),
         f"{rate:,.0f}",

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import exit_on_user_error
+from kimi_jax.parallel.mesh import build_mesh, check_run
+from kimi_jax.parallel.rules import batch_sharding
 from kimi_jax.train.profile import kernel_table, part_table, profile_steps
 from kimi_jax.train.state import Recipe, State
 from kimi_jax.train.step import Batch, build_train_step
-from kimi_jax.train.xla_flags import apply_defaults
+from kimi_jax.train.xla_flags import apply
 
 BATCHES = 4  # different ones, taken in turn
 AHEAD = 2  # steps queued while one runs, as in the training loop
@@ -51,30 +54,42 @@ class Measurement:
 
     device: str
     tokens: int
-    """Per step."""
+    """Per step, over all devices."""
     step_ms: list[float]
     """Each from the end of the step before to its own, compilation excluded."""
     compile_s: float
     losses: list[float]
     """Of every step in nats, warmup included."""
     peak_bytes: int | None
-    """Most bytes that arrays and temporaries took at once, as the allocator counted."""
+    """Most bytes that arrays and temporaries took at once on a device, as the allocator counted."""
     profile: str = ""
     """Tables of the kernels, Markdown."""
+    devices: int = 1
 
 
 def measure(request: Request) -> Measurement:
-    """Compiles the training step of a configuration and takes steps on random tokens."""
+    """Compiles the training step of a configuration and takes steps on random tokens, over all devices.
+
+    Raises:
+      UserError: the configuration does not fit the devices.
+    """
     cfg = RunConfig.model_validate(request.config)
-    recipe, device = Recipe(cfg), jax.devices()[0]
+    mesh = build_mesh(cfg.mesh)
+    check_run(mesh, cfg)
+    with jax.set_mesh(mesh):
+        return _measure(request, Recipe(cfg), mesh)
+
+
+def _measure(request: Request, recipe: Recipe, mesh: Mesh) -> Measurement:
+    cfg, device = recipe.cfg, jax.devices()[0]
     rows, length = cfg.train.batch_size, cfg.data.seq_len
     sizes = (rows, length, cfg.model.vocab_size, request.document)
-    batches = [random_batch(seed, *sizes) for seed in range(BATCHES)]
+    batches = [jax.device_put(random_batch(seed, *sizes), batch_sharding(mesh)) for seed in range(BATCHES)]
     start = time.perf_counter()
-    step = jax.jit(build_train_step(recipe), donate_argnums=0)
-    compiled = step.lower(recipe.abstract_state(), batches[0]).compile()
+    init, step = lower_step(recipe, mesh, batches[0])
+    compiled = step.compile()
     compile_s = time.perf_counter() - start
-    stepper = _Stepper(compiled, jax.jit(recipe.init_state)(jax.random.key(cfg.train.seed)), batches)
+    stepper = _Stepper(compiled, init.compile()(jax.random.key(cfg.train.seed)), batches)
     _, warm_losses = stepper.take(request.warmup)
     step_ms, losses = stepper.take(request.steps)
     peak_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")
@@ -82,7 +97,19 @@ def measure(request: Request) -> Measurement:
     if request.profiled:
         found = profile_steps(lambda: stepper.take(request.profiled), request.profiled, compiled.as_text())
         profile = f"{part_table(found)}\n\n{kernel_table(found, 120)}"
-    return Measurement(device.device_kind, rows * length, step_ms, compile_s, warm_losses + losses, peak_bytes, profile)
+    losses = warm_losses + losses
+    return Measurement(
+        device.device_kind, rows * length, step_ms, compile_s, losses, peak_bytes, profile, devices=mesh.size
+    )
+
+
+def lower_step(recipe: Recipe, mesh: Mesh, batch: Batch) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """The programs key -> state, and (state, batch) -> (state, metrics), for the mesh, which is in use."""
+    state = recipe.abstract_state(mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(build_train_step(recipe), donate_argnums=0, out_shardings=(shardings, None))
+    init = jax.jit(recipe.init_state, out_shardings=shardings)
+    return init.lower(jax.random.key(0)), step.lower(state, batch)
 
 
 def random_batch(seed: int, rows: int, length: int, vocab: int, document: int = 0) -> Batch:
@@ -121,6 +148,7 @@ class _Stepper:
 
 
 if __name__ == "__main__":
-    apply_defaults()
     with exit_on_user_error():
-        print(json.dumps(dataclasses.asdict(measure(Request(**json.load(sys.stdin))))))
+        asked = Request(**json.load(sys.stdin))
+        apply(RunConfig.model_validate(asked.config).train.flags)
+        print(json.dumps(dataclasses.asdict(measure(asked))))
