@@ -59,7 +59,7 @@ class MqarData(Data):
     """Pairs of an example; unset: as many as can all be asked for within seq_len."""
 
     @property
-    def keys(self) -> int:
+    def key_tokens(self) -> int:
         return self.num_keys or max(1024, self.pairs)
 
     @property
@@ -67,7 +67,7 @@ class MqarData(Data):
         return self.num_pairs or (self.seq_len - 1) // 3
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.pairs > self.keys:
+        if self.pairs > self.key_tokens:
             yield "num_keys", f"{self.num_keys} is fewer than the {self.pairs} pairs of an example"
         if not 2 < 2 * self.pairs + 1 < self.seq_len:
             yield "seq_len", f"{self.seq_len} has no room for {max(self.pairs, 1)} pairs, a separator and a query"

@@ -114,7 +114,7 @@ def test_long_recall_has_as_many_keys_as_it_needs():
     cfg = MqarData(seq_len=4096)
     source = SyntheticSource(cfg, stream=TRAIN)
     example = source[0]
-    assert cfg.keys == cfg.pairs == 1365 and source.vocab_size == 1 + 1365 + 64
+    assert cfg.key_tokens == cfg.pairs == 1365 and source.vocab_size == 1 + 1365 + 64
     assert scored(example) == solve_mqar(cfg, example.inputs)
 
 

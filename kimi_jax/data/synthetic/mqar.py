@@ -10,7 +10,7 @@ FIRST_KEY = 1
 
 
 def vocab_size(cfg: MqarData) -> int:
-    return FIRST_KEY + cfg.keys + cfg.num_values
+    return FIRST_KEY + cfg.key_tokens + cfg.num_values
 
 
 def draw(cfg: MqarData, random: np.random.Generator) -> Example:
@@ -22,8 +22,8 @@ def draw(cfg: MqarData, random: np.random.Generator) -> Example:
     Source: Kimi Linear, arXiv:2510.26692, section 5.1; Arora et al., Zoology, arXiv:2312.04927.
     """
     pairs = cfg.pairs
-    keys = FIRST_KEY + random.permutation(cfg.keys)[:pairs]
-    values = FIRST_KEY + cfg.keys + random.integers(cfg.num_values, size=pairs)
+    keys = FIRST_KEY + random.permutation(cfg.key_tokens)[:pairs]
+    values = FIRST_KEY + cfg.key_tokens + random.integers(cfg.num_values, size=pairs)
     queries = random.permutation(pairs)[: cfg.seq_len - 2 * pairs - 1]
     tokens = np.concatenate([np.stack([keys, values], axis=1).ravel(), [SEPARATOR], keys[queries]])
     targets = np.concatenate([np.zeros(2 * pairs + 1, int), values[queries]])
