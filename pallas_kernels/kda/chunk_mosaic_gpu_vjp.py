@@ -20,7 +20,6 @@ from pallas_kernels.kda.prepare_mosaic_gpu import (
     LOG2E,
     PADDING,
     C,
-    between,
     by_column,
     by_row,
     hidden_zero,
@@ -31,18 +30,25 @@ from pallas_kernels.kda.prepare_mosaic_gpu import (
 from pallas_kernels.kda.reference import L2_EPS
 from pallas_kernels.kda.warp_mosaic_gpu_vjp import (
     add_column_sums,
+    add_level,
+    by_block,
     column_sums,
     fast_exp2,
     fast_log2,
     fast_rsqrt,
     fine_levels,
+    fold,
     halve,
     join,
+    level_pairs,
+    level_triangle,
+    store_diagonal,
+    triangle,
 )
 
 W = plgpu.Layout.WGMMA
 ROW, COL = W.reduce(1), W.reduce(0)  # layouts of one value per row, per column
-f16, bf16, f32, i32 = jnp.float16, jnp.bfloat16, jnp.float32, jnp.int32
+f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 SLAB = 64  # columns that one warpgroup owns
 NUM_CTAS = 132  # multiprocessors of an H100; the kernel is persistent
 
@@ -83,23 +89,13 @@ def _slope(kind: _GateKind, raw, bias2, rate):
     return (kind.bound * rate) * (s - s * s), z2
 
 
-def _level_masks(n, row, column):
-    """Of one level of blocks: the decays that a row sums, the rows in the second block of a pair, the pairs (i, j)."""
-    b = jnp.int32(1) << n
-    start, second = row & -b, (row & b) != 0
-    sums = between(column, jnp.where(second, start - 1, row), jnp.where(second, row, start + b - 1))
-    other = jnp.where(second, start - b, start + b)
-    pair = between(column, other - 1, other + b - 1)
-    return sums, by_row(jnp.where(second, 1.0, 0.0).astype(f16)), pair
-
-
 # Rows of the per-token weights.
 BETA, DO_SCALE, UNSCALE, CODE = range(4)
 NUM_WEIGHTS = 4
-# Rows of 64 numbers, one per token: the weights of two chunks, then these; the last three for each warpgroup.
+# Rows of 64 numbers, one per token: the weights of two chunks, then these; the last four for each warpgroup.
 RSTD_Q, RSTD_K, DIAGONAL, _, DBETA_TOTAL = range(2 * NUM_WEIGHTS, 2 * NUM_WEIGHTS + 5)
-Q_SUM, K_SUM, DBETA = range(3)
-PER_TOKEN = DBETA_TOTAL + 1
+Q_SUM, K_SUM, DBETA, RATE = range(4)
+PER_TOKEN, PER_WG = DBETA_TOTAL + 1, 4
 # Rows of 64 numbers for each warpgroup, one per column; four for sums over the rows of each warp.
 GAMMA, BIAS, SLOPE, PARTIAL = range(4)
 PER_COLUMN = PARTIAL + 4
@@ -113,7 +109,8 @@ class _Chunks:
     """The kernel: one persistent CTA. Warpgroup wg owns 64 key columns (and 64 value columns) of every chunk.
 
     What the next chunk needs is loaded as soon as its buffer is free: `early` (cotangents, states) before the levels,
-    which hide it; r after them; the rest at the end, for the products that come first do without it. Buffers share
+    which hide it; r and ds after them; queries, keys and gates when the last results have left their places, for the
+    products that come first do without them. Buffers share
     their places where they can: below 196 KB of shared memory 60 KB are left for the cache that spilled registers need.
     """
 
@@ -130,7 +127,7 @@ class _Chunks:
         self.q_g, self.k_g, self.raw_g, self.do_g, self.p_g, self.r_g, self.h_g, self.ds_g, *inputs = inputs
         self.t_g, self.gamma_g, self.weight_g, self.par_g = inputs
         self.dq_o, self.dk_o, self.dv_o, self.draw_o, self.dbeta_o, self.rate_o, self.bias_o = outputs
-        q_s, k_s, raw_s, (self.g2_s, self.rate_s, self.dv_s), pair_s, self.r_s, self.h_s, self.t_s, *scratch = scratch
+        q_s, k_s, raw_s, (self.g2_s, self.dv_s), pair_s, self.r_s, self.h_s, self.t_s, *scratch = scratch
         (self.ds_s, *work_s), self.vector_s, *barriers = scratch
         self.early_bar, self.r_bar, self.inputs_bar, self.states_bar, self.sync_bar = barriers
         self.q_in, self.k_in, self.pair_in = (
@@ -151,11 +148,6 @@ class _Chunks:
     def here(self):
         """The warpgroup's own number, to be asked for anew in every stage; see `hidden_zero`."""
         return self.own + hidden_zero()
-
-    def indices(self):
-        """(row numbers [C], int32; column numbers [C, C], float16), made anew; see `hidden_zero`."""
-        column = plgpu.broadcasted_iota(i32, (C,), 0, layout=COL) + hidden_zero()
-        return plgpu.broadcasted_iota(i32, (C,), 0, layout=ROW) + hidden_zero(), by_column(column.astype(f16))
 
     def where(self, c):
         h, rest = lax.rem(c, self.HV), lax.div(c, self.HV)
@@ -186,12 +178,16 @@ class _Chunks:
 
     def load_inputs(self, c):
         wg = self.own
-        b, n, h, bh, rows = self.where(c)
+        b, _, h, bh, rows = self.where(c)
         head = h if self.H == self.HV else lax.div(h, self.HV // self.H)
         plgpu.copy_gmem_to_smem(self.q_g.at[b, rows, head, self.slab], self.q_in.at[wg], self.inputs_bar.at[wg])
         plgpu.copy_gmem_to_smem(self.k_g.at[b, rows, head, self.slab], self.k_in.at[wg], self.inputs_bar.at[wg])
         plgpu.copy_gmem_to_smem(self.raw_g.at[b, rows, h, self.slab], self.raw_in.at[wg], self.inputs_bar.at[wg])
         plgpu.copy_gmem_to_smem(self.par_g.at[bh, wg], self.column_s(wg, BIAS, 2), self.inputs_bar.at[wg])
+
+    def load_ds(self, c):
+        wg = self.own
+        _, n, _, bh, _ = self.where(c)
         plgpu.copy_gmem_to_smem(self.ds_g.at[bh, n, :, self.slab], self.ds_s.at[wg], self.states_bar.at[wg])
 
     def sync(self, i):
@@ -200,14 +196,6 @@ class _Chunks:
         plgpu.barrier_arrive(self.sync_bar.at[i])
         plgpu.barrier_wait(self.sync_bar.at[i])
 
-    def split(self, x):
-        """x in two bfloat16 tiles: 16 bits of it."""
-        wg = self.here()
-        high = x.astype(bf16)
-        self.work_b.at[wg, 0][...] = high
-        self.work_b.at[wg, 1][...] = (x - high.astype(f32)).astype(bf16)
-        return self.work_b.at[wg, 0], self.work_b.at[wg, 1]
-
     def token_s(self, row):
         return self.vector_s.at[pl.ds(row * C, C)]
 
@@ -215,7 +203,7 @@ class _Chunks:
         return self.token_s(PER_TOKEN + slot * self.num_wgs + wg)
 
     def column_s(self, wg, row, count=1):
-        start = (PER_TOKEN + 3 * self.num_wgs) * C + (wg * PER_COLUMN + row) * SLAB
+        start = (PER_TOKEN + PER_WG * self.num_wgs) * C + (wg * PER_COLUMN + row) * SLAB
         return self.vector_s.at[pl.ds(start, count * SLAB)]
 
     def token(self, row):
@@ -241,23 +229,26 @@ class _Chunks:
         return self.clean(_read(self.raw_in.at[wg]), parity), bias2, rate
 
     def new_values(self, c, parity):
-        """Vn in place of r, do scaled in place, dv, and the part of dbeta that comes through r."""
+        """Vn in place of r, do scaled in place, dv. Returns the part of dbeta that comes through r."""
         wg = self.here()
         b, _, h, _, rows = self.where(c)
         do_scale = by_row(self.row_weight(DO_SCALE, parity))
         do = _read(self.pair_in.at[0, wg]) * do_scale
         self.pair16.at[0, wg][...] = (jnp.where(do_scale > 0.0, do, 0.0) if self.packed else do).astype(f16)
         p, r = _read(self.pair16.at[1, wg]), _read(self.r_s.at[wg])
-        self.own_s(DBETA, wg)[...] = jnp.sum(p * r, 1)
+        overlap = jnp.sum(p * r, 1)
         beta = self.row_weight(BETA, parity)
         # dv, staged where the decays will be
         self.dv_s.at[wg][...] = (p * by_row(beta * self.row_weight(UNSCALE, parity))).astype(self.dv_s.dtype)
         self.r_s.at[wg][...] = (r * by_row(beta)).astype(f16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.dv_s.at[wg], self.dv_o.at[b, rows, h, self.slab])
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # what the last chunk gave has left the places of the inputs
+        self.load_inputs(c)
         (vn,) = products([(self.t_s.at[wg - self.own], self.r_s.at[wg])])
         meet()
         self.r_s.at[wg][...] = vn.astype(f16)
+        return overlap
 
     def prepare_inputs(self, parity):
         """The gate in base 2, and this warpgroup's part of the squared norms."""
@@ -290,20 +281,16 @@ class _Chunks:
 
     def pair_gradient(self, job):
         """The gradient of Aqk (job 0) or L / beta (job 1), lower triangle as it is, upper transposed: for both uses."""
-        row, column = self.indices()
         zero = hidden_zero()
         pairs = [(self.pair16.at[job, i + zero], self.r_s.at[i + zero]) for i in self.wgs]
         lower, upper = products([(x, v.T) for x, v in pairs], [(v, x.T) for x, v in pairs])
         of_l = jnp.int32(job).astype(f32)  # 0.0 or 1.0
-        factor = (1.0 - of_l) * self.scale - of_l
-        diagonal = jnp.sum(lower * between(column, row - 1, row).astype(f32), 1) * self.scale
 
         @pl.when(of_l == 0.0)
         def _():
-            self.token_s(DIAGONAL)[...] = diagonal
+            store_diagonal(lower, f32(self.scale), self.token_s(DIAGONAL))
 
-        below = between(column, row * 0 - 1, row - 1)
-        return (lower * factor).astype(f16) * below + (upper * factor).astype(f16) * (f16(1) - below)
+        return fold(lower, upper, (1.0 - of_l) * self.scale - of_l)
 
     def state_terms(self):
         """Products with the states, still without decays: for the queries, the keys that read and those that write."""
@@ -319,12 +306,12 @@ class _Chunks:
         )
 
     def decay_state_terms(self, dq, up, down):
-        wg, (row, column) = self.here(), self.indices()
-        (to_exit,) = products([(between(column, row, row * 0 + C), self.g2_s.at[wg])])
+        wg = self.here()
+        (to_exit,) = products([(triangle(lower=False, inclusive=True), self.g2_s.at[wg])])
         kn = _read(self.k16.at[wg])
         down = fast_exp2(to_exit) * down
         add_column_sums(kn * down, self.column_s(wg, PARTIAL, 4))
-        (from_entry,) = products([(between(column, row * 0 - 1, row), self.g2_s.at[wg])])
+        (from_entry,) = products([(triangle(lower=True, inclusive=True), self.g2_s.at[wg])])
         from_entry = fast_exp2(from_entry)
         dq, up = (from_entry * self.scale) * dq, -from_entry * up
         overlap = plgpu.load(self.own_s(DBETA, wg), layout=ROW)
@@ -335,31 +322,22 @@ class _Chunks:
         """A level of 16 or 32 tokens, through the matrix unit."""
         dq, up, down = carry
         wg = self.here()
-        sums, second, pair = _level_masks(n, *self.indices())
-        of_pairs = lambda job: plgpu.load(self.r_s.at[wg - self.own + job], layout=W) * pair
-        (exponent,) = products([(sums, self.g2_s.at[wg])])
+        (exponent,) = products([(level_triangle(n), self.g2_s.at[wg])])
         factor = fast_exp2(exponent).astype(f16)
-        second_factor = factor * second
-        first_factor = factor - second_factor
-        kn, qn = plgpu.load(self.k16.at[wg], layout=W), plgpu.load(self.q16.at[wg], layout=W)
-        first, beta = kn * first_factor, by_row(self.row_weight(BETA, parity).astype(f16))
-        self.work16.at[wg, 0][...] = first + kn * second_factor * beta
-        self.work16.at[wg, 1][...] = first + qn * second_factor
+        keys, queries = (plgpu.load(x.at[wg], layout=W) * factor for x in (self.k16, self.q16))
+        self.work16.at[wg, 1][...] = by_block(n, queries, keys)
+        beta = by_row(self.row_weight(BETA, parity).astype(f16))
+        self.work16.at[wg, 0][...] = by_block(n, keys * beta, keys)
         plgpu.commit_smem()
-        second_factor, first_factor = second_factor.astype(f32), first_factor.astype(f32)
-        (by_a,) = products([(of_pairs(0), self.work16.at[wg, 1])])
-        dq, down = dq + second_factor * by_a, down + first_factor * by_a
-        (by_l,) = products([(of_pairs(1), self.work16.at[wg, 0])])
+        load = lambda job: plgpu.load(self.r_s.at[wg - self.own + job], layout=W)
+        (of_a, _, _), (_, first, second) = (level_pairs(load(job), n) for job in range(2))
+        by = products(
+            [(of_a, self.work16.at[wg, 1]), (first, self.work16.at[wg, 0])], [(second, self.work16.at[wg, 0])]
+        )
         meet()  # the next level overwrites what these products read
-        return dq, up + second_factor * by_l, down + first_factor * by_l
+        return add_level(n, factor, by, dq, up, down)
 
-    def decay_gradient(self, parity, dq, up, down):
-        """What these parts of the gradients of queries and keys say about the running sums of the decays."""
-        wg = self.here()
-        beta = by_row(self.row_weight(BETA, parity).astype(f16).astype(f32))
-        return _read(self.q16.at[wg]) * dq + _read(self.k16.at[wg]) * (beta * up - down)
-
-    def finish(self, c, following, parity, dq, up, down, dg_rows):
+    def finish(self, c, following, parity, dq, up, down):
         wg = self.here()
         b, n, h, bh, rows = self.where(c)
         diagonal = by_row(self.token(DIAGONAL))
@@ -370,7 +348,6 @@ class _Chunks:
         up = by_row(self.row_weight(BETA, parity).astype(f16).astype(f32)) * up
         dk = up + down
         self.own_s(K_SUM, wg)[...] = jnp.sum(kn * dk, 1)
-        tiles = self.split(dg_rows)
         self.sync(3)
         pl.when(following < self.total)(lambda: self.load_r(following))
         unscale = self.row_weight(UNSCALE, parity)
@@ -381,9 +358,9 @@ class _Chunks:
             if self.normalize_qk:
                 dx = by_row(self.token(rstd)) * (dx - _read(x16.at[wg]) * by_row(self.total_over_wgs(dot)))
             x_out.at[wg][...] = (dx * by_row(unscale)).astype(x_out.dtype)
-        wg, (row, column) = self.here(), self.indices()
-        later = between(column, row - 1, row * 0 + C).astype(f32).astype(bf16)
-        (dg,) = products([(later, x) for x in tiles])
+        wg = self.here()
+        later = triangle(lower=False, inclusive=False, dtype=bf16)
+        (dg,) = products([(later, self.work_b.at[wg, i]) for i in range(2)])
         if self.packed:
             unscale = jnp.where(self.row_weight(CODE, parity) > 0.5, 0.0, unscale)
         dg = (dg + sum(self.columns(self.column_s(wg, PARTIAL + i)) for i in range(4))) * by_row(unscale)
@@ -396,33 +373,32 @@ class _Chunks:
             draw = dg
         self.draw_s.at[wg][...] = draw.astype(self.draw_s.dtype)
         if self.kind.raw:
-            meet()  # past the last reads of the sums and of the decays, whose place by_rate takes
+            self.own_s(RATE, wg)[...] = by_rate
+            meet()  # past the last reads of the sums
             column_sums(draw, self.column_s(wg, PARTIAL, 4))
-            self.rate_s.at[wg, 0][...] = by_rate
 
         @functools.partial(self.only, 0)
         def _():
             self.token_s(DBETA_TOTAL)[...] = self.total_over_wgs(DBETA) * self.row_weight(UNSCALE, parity)
 
         plgpu.commit_smem()
+        pl.when(following < self.total)(lambda: self.load_ds(following))
         plgpu.copy_smem_to_gmem(self.q_in.at[wg], self.dq_o.at[b, rows, h, self.slab])
         plgpu.copy_smem_to_gmem(self.k_in.at[wg], self.dk_o.at[b, rows, h, self.slab])
         plgpu.copy_smem_to_gmem(self.draw_s.at[wg], self.draw_o.at[b, rows, h, self.slab])
         if self.kind.raw:
-            plgpu.copy_smem_to_gmem(self.rate_s.at[wg, 0], self.rate_o.at[bh, n, wg])
+            plgpu.copy_smem_to_gmem(self.own_s(RATE, wg), self.rate_o.at[bh, n, wg])
             plgpu.copy_smem_to_gmem(self.column_s(wg, PARTIAL, 4), self.bias_o.at[bh, n, wg])
         self.only(0, lambda: plgpu.copy_smem_to_gmem(self.token_s(DBETA_TOTAL), self.dbeta_o.at[bh, n]))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.sync(4)  # before the next chunk overwrites the sums that the warpgroups exchanged
-        pl.when(following < self.total)(lambda: self.load_inputs(following))
 
     def chunk(self, i, _):
         c, parity = self.first + i * self.num_ctas, lax.rem(i, 2)
         following = c + self.num_ctas
         plgpu.barrier_wait(self.early_bar)
         plgpu.barrier_wait(self.r_bar)
-        self.new_values(c, parity)
+        overlap = self.new_values(c, parity)
         self.sync(0)
+        self.own_s(DBETA, self.own)[...] = overlap
         pair_gradients = [self.pair_gradient(job) for job in self.jobs]
         plgpu.barrier_wait(self.states_bar.at[self.own])
         dq, up, down = self.state_terms()
@@ -439,7 +415,6 @@ class _Chunks:
         sums = self.decay_state_terms(dq, up, down)
         self.sync(2)
         sums = lax.fori_loop(FINE, LEVELS, functools.partial(self.level, parity), sums)
-        sums = (*sums, self.decay_gradient(parity, *sums))
         # One half of the columns at a time: the code of both would not fit the instruction cache.
         halves = lax.fori_loop(0, 2, functools.partial(self.fine, parity), tuple(map(halve, sums)))
         self.finish(c, following, parity, *(join(*x) for x in halves))
@@ -451,7 +426,9 @@ class _Chunks:
         new = fine_levels(
             *(x.at[wg] for x in (self.g2_s, self.k16, self.q16)),
             *(self.r_s.at[zero + job] for job in range(2)),
-            *(self.token_s(parity * NUM_WEIGHTS + BETA), half, *(x[0] for x in sums)),
+            self.token_s(parity * NUM_WEIGHTS + BETA),
+            *(self.work_b.at[wg, i] for i in range(2)),
+            *(half, *(x[0] for x in sums)),
         )
         return tuple((x[1], y) for x, y in zip(sums, new, strict=True))
 
@@ -460,7 +437,7 @@ class _Chunks:
 
         self.load_early(self.first, 0)
         self.load_r(self.first)
-        self.load_inputs(self.first)
+        self.load_ds(self.first)
         lax.fori_loop(0, lax.div(self.total - self.first + self.num_ctas - 1, self.num_ctas), self.chunk, ())
         plgpu.wait_smem_to_gmem(0)
 
@@ -505,17 +482,15 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
         scratch_types=[
             _union(num_wgs, C, SLAB, dtypes=(q.dtype, f16)), _union(num_wgs, C, SLAB, dtypes=(k.dtype, f16)),
             _union(num_wgs, C, SLAB, dtypes=(raw.dtype, draw_dtype)),
-            plgpu.RefUnion(
-                tile(num_wgs, C, SLAB), plgpu.SMEM((num_wgs, SLAB // 2, C), f32), tile(num_wgs, C, SLAB, dtype=do.dtype)
-            ),
+            plgpu.RefUnion(tile(num_wgs, C, SLAB), tile(num_wgs, C, SLAB, dtype=do.dtype)),
             _union(2, num_wgs, C, SLAB, dtypes=(do.dtype, f16)), tile(2, C, SLAB),
             tile(num_wgs, V, SLAB), tile(1, C, C),
             plgpu.RefUnion(tile(num_wgs, V, SLAB), *(tile(num_wgs, 2, C, SLAB, dtype=d) for d in (f16, bf16))),
-            plgpu.SMEM(((PER_TOKEN + 3 * num_wgs) * C + num_wgs * PER_COLUMN * SLAB,), f32),
+            plgpu.SMEM(((PER_TOKEN + PER_WG * num_wgs) * C + num_wgs * PER_COLUMN * SLAB,), f32),
             plgpu.Barrier(num_arrivals=4 * num_wgs + 2),
             plgpu.Barrier(num_arrivals=num_wgs), plgpu.Barrier(num_arrivals=4, num_barriers=num_wgs),
             plgpu.Barrier(num_arrivals=1, num_barriers=num_wgs),
-            plgpu.Barrier(num_arrivals=num_wgs, num_barriers=5),
+            plgpu.Barrier(num_arrivals=num_wgs, num_barriers=4),
         ],
     )  # fmt: skip
     gamma = gamma.reshape(heads, NT, num_wgs, SLAB)

@@ -10,6 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 W = plgpu.Layout.WGMMA
+C = 64  # tokens of a chunk, columns of a tile
 ONE = 0x3C00
 
 
@@ -30,8 +31,13 @@ def _asm(text, constraints, operands, results, volatile=False):
     return [out] if n == 1 else [llvm.extractvalue(kind, out, [i]) for i in range(n)]
 
 
-def _store(address, value):
-    llvm.inline_asm(None, [address, value], "st.shared.f32 [$0], $1;", "r,f,~{memory}", has_side_effects=True)
+def _store(address, value, kind="f"):
+    llvm.inline_asm(None, [address, value], "st.shared.b32 [$0], $1;", f"r,{kind},~{{memory}}", has_side_effects=True)
+
+
+def _store_if(condition, address, value):
+    operands, kinds = [address, value, condition], "r,f,b,~{memory}"
+    llvm.inline_asm(None, operands, "@$2 st.shared.b32 [$0], $1;", kinds, has_side_effects=True)
 
 
 def _slots(first, n):
@@ -68,12 +74,29 @@ def unpack(x):
     return _asm("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }", ["r"], [x], "f2")
 
 
+def split(a, b):
+    """Two numbers as two registers of two bfloat16 each, which add up to them."""
+    rounded = lambda a, b: _asm("cvt.rn.bf16x2.f32 $0, $2, $1;", ["f", "f"], [a, b], "r1")[0]
+    high = rounded(a, b)
+    wide = _asm("{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", ["r"], [high], "f2")
+    return high, rounded(arith.subf(a, wide[0]), arith.subf(b, wide[1]))
+
+
+def transpose(x):
+    """Of an 8 x 8 matrix, two numbers per lane."""
+    return _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", ["r"], [x], "r1")[0]
+
+
 def mul16(a, b):
     return _asm("mul.f16x2 $0, $1, $2;", ["r", "r"], [a, b], "r1")[0]
 
 
 def fma(a, b, c):
     return _asm("fma.rn.f32 $0, $1, $2, $3;", ["f", "f", "f"], [a, b, c], "f1")[0]
+
+
+def fms(a, b, c):
+    return _asm("{ .reg .f32 n; neg.f32 n, $3; fma.rn.f32 $0, $1, $2, n; }", ["f", "f", "f"], [a, b, c], "f1")[0]
 
 
 def fma_if(condition, a, b, c, wanted=True):
@@ -111,10 +134,12 @@ def _base(ref):
     return llvm.ptrtoint(_i32(), mosaic.utils.memref_ptr(ref))
 
 
-def _fine(ctx, g_ref, k_ref, q_ref, da_ref, dl_ref, beta_ref, half, dq, up, down, dg):
+def _fine(ctx, g_ref, k_ref, q_ref, da_ref, dl_ref, beta_ref, high_ref, low_ref, half, dq, up, down):
     add, shl, shr, and_, xor = arith.addi, arith.shli, arith.shrui, arith.andi, arith.xori
     less = lambda a, b: arith.cmpi(arith.CmpIPredicate.slt, a, b)
     nonzero = lambda x: arith.cmpi(arith.CmpIPredicate.ne, x, _c(0))
+    negative = lambda x: xor(x, _c(0x80008000))
+    choose = arith.select
     lane, warp, row, col = _position()
     # Matrix m of an x4 load comes from the addresses in lanes 8m .. 8m + 7.
     line, matrix = and_(lane, _c(7)), shr(lane, _c(3))
@@ -126,21 +151,18 @@ def _fine(ctx, g_ref, k_ref, q_ref, da_ref, dl_ref, beta_ref, half, dq, up, down
 
     first_token = shl(warp, _c(4))
 
-    def channels(start, group):
-        """[2 * block + tile]: tokens of the block by channels of the tile, each register two tokens of a channel."""
+    def load(start, group, transposed):
+        """[2 * block + tile], 8 tokens by 8 channels: a register has two channels of a token, or, transposed, two
+        tokens of a channel."""
         token = add(first_token, add(shl(second_bit, _c(3)), line))
-        return ldmatrix(address(start, token, add(first_unit, add(first_bit, _c(2 * group)))), True)
-
-    def rows_of(start, group):  # [2 * block + tile]: each register two channels of a token, as in the sums
-        token = add(first_token, add(shl(second_bit, _c(3)), line))
-        return ldmatrix(address(start, token, add(first_unit, add(first_bit, _c(2 * group)))), False)
+        return ldmatrix(address(start, token, add(first_unit, add(first_bit, _c(2 * group)))), transposed)
 
     def diagonal(ref):  # the warp's 16 x 16 block, each register two columns of a row
         token = add(first_token, add(shl(first_bit, _c(3)), line))
         return ldmatrix(address(_base(ref), token, add(shl(warp, _c(1)), second_bit)), False)
 
     def pair_of(predicate):  # two halves: predicate at columns col, col + 1
-        low, high = (arith.select(predicate(add(col, _c(x))), _c(ONE << 16 * x), _c(0)) for x in range(2))
+        low, high = (choose(predicate(add(col, _c(x))), _c(ONE << 16 * x), _c(0)) for x in range(2))
         return arith.ori(low, high)
 
     def span(b):
@@ -151,118 +173,119 @@ def _fine(ctx, g_ref, k_ref, q_ref, da_ref, dl_ref, beta_ref, half, dq, up, down
         until = lambda t: arith.andi(less(row, t), less(t, add(start, _c(b))))
         if b == 8:
             return pair_of(until), pair_of(since)
-        return pair_of(lambda t: arith.select(second, since(t), until(t)))
+        return pair_of(lambda t: choose(second, since(t), until(t)))
 
     zero = _c(0)
     da, dl = diagonal(da_ref), diagonal(dl_ref)
-    beta_at = add(_base(beta_ref), shl(add(first_token, col), _c(2)))
     row_at = add(_base(beta_ref), shl(add(first_token, row), _c(2)))
-    betas, row_betas = [], []
-    for x in range(0, 64, 32):  # bytes: the first and the second 8 tokens
-        pair = _asm("ld.shared.v2.f32 {$0, $1}, [$2];", ["r"], [add(beta_at, _c(x))], "f2", True)
-        (of_row,) = _asm("ld.shared.f32 $0, [$1];", ["r"], [add(row_at, _c(x))], "f1", True)
-        betas.append(pack(*pair))
-        row_betas.append(pack(of_row, of_row))
-    g_base, k_base, q_base = (_base(x) for x in (g_ref, k_ref, q_ref))
-    dq_v, up_v, down_v, dg_v = (_scalars(x) for x in (dq, up, down, dg))
+    betas = [_asm("ld.shared.f32 $0, [$1];", ["r"], [add(row_at, _c(x))], "f1", True)[0] for x in (0, 32)]
+    betas = [pack(x, x) for x in betas]  # of the first and the second 8 tokens
+    bases = [_base(x) for x in (g_ref, k_ref, q_ref)]
+    dq_v, up_v, down_v = (_scalars(x) for x in (dq, up, down))
+    dg_v = [None] * len(dq_v)
     at = lambda group, tile, block: 4 * (2 * group + tile) + 2 * block  # where a fragment begins in the sums
 
+    def fragments(group):
+        """Decays by channel, keys and queries by token."""
+        return [load(start, group, start is bases[0]) for start in bases]
+
+    def start_decay(i, key, query, beta):
+        """What the sums so far say about the running sums of the decays."""
+        keys, queries, (beta, _) = unpack(key), unpack(query), unpack(beta)
+        for x in range(2):
+            of_keys = fms(beta, up_v[i + x], down_v[i + x])
+            dg_v[i + x] = fma(keys[x], of_keys, arith.mulf(queries[x], dq_v[i + x]))
+
     def small_level(n):
-        """Blocks of b = 1, 2, 4 tokens: whether the lane's row is in a second one, weights of keys, left operands."""
-        b = 1 << n
-        second = nonzero(and_(row, _c(b)))
+        """Blocks of 1, 2, 4 tokens: the decays to sum, whether the lane's row is in a second block, left operands."""
+        second = nonzero(and_(row, _c(1 << n)))
         keep = lambda t: arith.cmpi(arith.CmpIPredicate.eq, shr(xor(row, t), _c(n)), _c(1))
-        low, high = (arith.select(keep(add(col, _c(x))), _c(0xFFFF << 16 * x), zero) for x in range(2))
+        low, high = (choose(keep(add(col, _c(x))), _c(0xFFFF << 16 * x), zero) for x in range(2))
         mask = arith.ori(low, high)
-        # beta belongs to the keys that are read back: those of the second blocks
-        if b == 1:
-            weights = [arith.ori(and_(x, _c(0xFFFF0000)), _c(ONE)) for x in betas]
-        else:
-            weights = [arith.select(nonzero(and_(col, _c(b))), x, _c(ONE << 16 | ONE)) for x in betas]
         operands = []
         for block in range(2):
             a, l = and_(da[3 * block], mask), and_(dl[3 * block], mask)
-            choose = functools.partial(arith.select, second)
-            operands.append([choose(a, l), choose(l, zero), choose(zero, a), zero])
-        return span(b), second, weights, operands
+            operands.append([choose(second, a, l), choose(second, l, zero), choose(second, zero, a), zero])
+        return span(1 << n), second, operands
 
-    def add_small(level, group, block, g, k, q, k_rows, q_rows, outer):
-        span_b, second, weights, operands = level
-        e = [exp2(x) for x in mma(g, [span_b])]
-        for tile in range(2):
-            factor = pack(*e[2 * tile : 2 * tile + 2])
-            out = mma(operands[block], [mul16(mul16(k[tile], factor), weights[block]), mul16(q[tile], factor)])
-            o2 = [exp2(x) for x in outer[tile]]
-            own = pack(*o2)
-            keys = mul16(k_rows[tile], own)
-            plus = unpack(arith.select(second, mul16(q_rows[tile], own), xor(keys, _c(0x80008000))))
-            read = unpack(mul16(keys, row_betas[block]))
-            for x in range(2):
-                i, o = at(group, tile, block) + x, o2[x]
-                dg_v[i] = fma(read[x], out[2 + x], fma(plus[x], out[x], dg_v[i]))
-                dq_v[i] = fma_if(second, o, out[x], dq_v[i])
-                down_v[i] = fma_if(second, o, out[x], down_v[i], False)
-                up_v[i] = fma(o, out[2 + x], up_v[i])
-
-    def load(group):
-        by_row = [rows_of(start, group) for start in (k_base, q_base)]
-        return [channels(start, group) for start in (g_base, k_base, q_base)], by_row
+    def add_small(level, i, block, key, query, exponents):
+        _, second, operands = level
+        own = [exp2(x) for x in exponents]
+        factor = pack(*own)
+        key, query = mul16(key, factor), mul16(query, factor)
+        read = mul16(key, betas[block])
+        # beta belongs to the keys that are read back: those of the second blocks
+        out = mma(operands[block], [transpose(choose(second, read, key)), transpose(query)])
+        plus, read = unpack(choose(second, query, negative(key))), unpack(read)
+        for x in range(2):
+            dg_v[i + x] = fma(read[x], out[2 + x], fma(plus[x], out[x], dg_v[i + x]))
+            dq_v[i + x] = fma_if(second, own[x], out[x], dq_v[i + x])
+            down_v[i + x] = fma_if(second, own[x], out[x], down_v[i + x], False)
+            up_v[i + x] = fma(own[x], out[2 + x], up_v[i + x])
 
     one, two = small_level(0), small_level(1)
     for group in range(2):
-        (g, k, q), by_row = load(group)
-        for block in range(2):
-            mine = [x[2 * block : 2 * block + 2] for x in (g, k, q, *by_row)]
-            outer = [mma([one[0], two[0]], [x]) for x in mine[0]]
-            add_small(one, group, block, *mine, [x[:2] for x in outer])
-            add_small(two, group, block, *mine, [x[2:] for x in outer])
-    four, (until, since) = small_level(2), span(8)
+        g, k, q = fragments(group)
+        for block, tile in np.ndindex(2, 2):
+            i, m = at(group, tile, block), 2 * block + tile
+            start_decay(i, k[m], q[m], betas[block])
+            exponents = mma([one[0], two[0]], [g[m]])
+            add_small(one, i, block, k[m], q[m], exponents[:2])
+            add_small(two, i, block, k[m], q[m], exponents[2:])
+
+    four, eight = small_level(2), span(8)
     for group in range(2):
-        (g, k, q), by_row = load(group)
-        inner, outer = [], []
-        for block, eight in enumerate((until, since)):  # of 16 tokens, the second 8 read the first 8
-            mine = [x[2 * block : 2 * block + 2] for x in (g, k, q, *by_row)]
-            both = [mma([four[0], eight], [x]) for x in mine[0]]
-            add_small(four, group, block, *mine, [x[:2] for x in both])
-            outer.append([[exp2(y) for y in x[2:]] for x in both])
-            inner.append([exp2(x) for x in mma(mine[0], [eight])])
-        for tile in range(2):
-            first, second = (pack(*x[2 * tile : 2 * tile + 2]) for x in inner)
-            reads = mma([da[1], dl[1]], [mul16(k[tile], first)])
-            keys = mul16(mul16(k[2 + tile], second), betas[1])
-            written = mma([dl[2], zero, da[2], zero], [keys, mul16(q[2 + tile], second)])
-            k_rows, q_rows = by_row
-            early, late = (pack(*outer[block][tile]) for block in range(2))
-            minus = unpack(xor(mul16(k_rows[tile], early), _c(0x80008000)))
-            late_keys = mul16(k_rows[2 + tile], late)
-            plus, read = unpack(mul16(q_rows[2 + tile], late)), unpack(mul16(late_keys, row_betas[1]))
+        g, k, q = fragments(group)
+        outer = {}
+        for block, tile in np.ndindex(2, 2):
+            m = 2 * block + tile
+            exponents = mma([four[0], eight[block]], [g[m]])
+            add_small(four, at(group, tile, block), block, k[m], q[m], exponents[:2])
+            outer[block, tile] = [exp2(x) for x in exponents[2:]]
+        for tile in range(2):  # the second 8 tokens read the first 8
+            early, late = outer[0, tile], outer[1, tile]
+            written_keys, read_keys, queries = (
+                mul16(x, pack(*factor)) for x, factor in ((k[tile], early), (k[2 + tile], late), (q[2 + tile], late))
+            )
+            read_keys = mul16(read_keys, betas[1])
+            reads = mma([da[1], dl[1]], [transpose(written_keys)])
+            written = mma([dl[2], zero, da[2], zero], [transpose(read_keys), transpose(queries)])
+            minus, plus, read = map(unpack, (negative(written_keys), queries, read_keys))
             for x in range(2):
                 i = at(group, tile, 0) + x
                 dg_v[i] = fma(minus[x], written[x], dg_v[i])
-                down_v[i] = fma(outer[0][tile][x], written[x], down_v[i])
+                down_v[i] = fma(early[x], written[x], down_v[i])
                 i = at(group, tile, 1) + x
                 dg_v[i] = fma(read[x], reads[2 + x], fma(plus[x], reads[x], dg_v[i]))
-                dq_v[i] = fma(outer[1][tile][x], reads[x], dq_v[i])
-                up_v[i] = fma(outer[1][tile][x], reads[2 + x], up_v[i])
-    return _rebuild(dq, dq_v), _rebuild(up, up_v), _rebuild(down, down_v), _rebuild(dg, dg_v)
+                dq_v[i] = fma(late[x], reads[x], dq_v[i])
+                up_v[i] = fma(late[x], reads[2 + x], up_v[i])
+        for block, tile in np.ndindex(2, 2):
+            i, token = at(group, tile, block), add(first_token, add(row, _c(8 * block)))
+            high, low = split(*dg_v[i : i + 2])
+            for ref, value in ((high_ref, high), (low_ref, low)):
+                unit = add(first_unit, _c(2 * group + tile))
+                _store(add(address(_base(ref), token, unit), shl(col, _c(1))), value, "r")
+    return _rebuild(dq, dq_v), _rebuild(up, up_v), _rebuild(down, down_v)
 
 
-def fine_levels(g, k, q, da, dl, beta, half, dq, up, down, dg):
-    """Adds the pairs of tokens inside 16-token blocks, levels 1 to 8, to four sums over 32 of a tile's 64 columns.
+def fine_levels(g, k, q, da, dl, beta, high, low, half, dq, up, down):
+    """Adds the pairs of tokens inside 16-token blocks, levels 1 to 8, to the sums over 32 of a tile's 64 columns.
 
     Args:
       g, k, q: float16 tiles [64, 64] in shared memory: log2-decays, keys, queries.
       da, dl: float16 tiles [64, 64]: gradients of Aqk and of L / beta, each with its transpose above the diagonal.
       beta: float32 [64] in shared memory.
+      high, low: bfloat16 tiles [64, 64] that get the gradient of G, as a sum of two. What the other levels say of it
+        follows from the three sums; what a pair in here adds to its two tokens is built from the very operands,
+        rounded, that the pair's other side is: so it cancels in the sums over later tokens.
       half: 0 or 1, the columns.
-      dq, up, down, dg: float32 [64, 32]: gradients of the queries, of the keys where +G and -G stand beside them, and
-        of G. The last is built from the very operands, rounded, that the pairs' other sides are: so what a pair adds
-        to its two tokens cancels in the sums over later tokens.
+      dq, up, down: float32 [64, 32]: gradients of the queries, of the keys where +G and -G stand beside them.
     """
     square = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
     out = plgpu.ShapeDtypeStruct((64, 32), jnp.float32, W)
-    run = plgpu.inline_mgpu(arg_types=(square,) * 5 + (plgpu.RefType(),) + (W,) * 5, return_type=(out,) * 4)(_fine)
-    return run(g, k, q, da, dl, beta, half, dq, up, down, dg)
+    types = (square,) * 5 + (plgpu.RefType(),) + (square,) * 2 + (W,) * 4
+    run = plgpu.inline_mgpu(arg_types=types, return_type=(out,) * 3)(_fine)
+    return run(g, k, q, da, dl, beta, high, low, half, dq, up, down)
 
 
 def _column_sums(ctx, x, out, *, add=False):
@@ -298,6 +321,187 @@ def column_sums(x, out):
 def add_column_sums(x, out):
     """`column_sums`, added to what is there."""
     plgpu.inline_mgpu(arg_types=(W, plgpu.RefType()))(functools.partial(_column_sums, add=True))(x, out)
+
+
+def _less(a, b):
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
+def _equal(a, b):
+    return arith.cmpi(arith.CmpIPredicate.eq, a, b)
+
+
+def _array(words, dtype):
+    """[64, 64] of 16-bit numbers from two in a word, by (8 columns, upper or lower 8 of the warp's rows)."""
+    kind = ir.VectorType.get((2,), {"float16": ir.F16Type, "bfloat16": ir.BF16Type}[jnp.dtype(dtype).name].get())
+    shape = W.to_mgpu().registers_shape((64, 64))
+    registers = np.asarray([mosaic.utils.bitcast(x, kind) for x in words], dtype=object).reshape(shape)
+    return mosaic.FragmentedArray(_registers=registers, _layout=W.to_mgpu(), _is_signed=None)
+
+
+def _words(array):
+    return [mosaic.utils.bitcast(x, _i32()) for x in array.registers.flat]
+
+
+def _triangle(ones, lower, inclusive, full):
+    """Words of a 0/1 matrix: in the block of 16 on the diagonal a triangle, elsewhere whole blocks.
+
+    Args:
+      ones: two 1 in a word.
+      lower: bool, or a condition of the warp: the triangle below the diagonal, or above.
+      inclusive: whether the diagonal belongs to what is below.
+      full: of (the warp's block, the block of 16 columns): whether it is all ones.
+    """
+    _, warp, row, col = _position()
+    # Not a constant to the compiler: a constant register operand of wgmma was seen to lose terms.
+    ones = _asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", ["r"], [_c(ones)], "r1", True)[0]
+    zero, last = arith.andi(ones, _c(0x00010001)), arith.addi(row, _c(int(inclusive)))
+    pick = lambda a, b: (a if lower else b) if isinstance(lower, bool) else arith.select(lower(warp), a, b)
+    low, high = (arith.select(_less(arith.addi(col, _c(x)), last), _c(0xFFFF << 16 * x), zero) for x in range(2))
+    below = arith.andi(arith.ori(low, high), ones)
+    corner, left, right = pick(below, arith.xori(below, ones)), pick(ones, zero), pick(zero, ones)
+    words = []
+    for block in map(_c, range(C // 16)):
+        rest = arith.select(full(warp, block), ones, zero)
+        words += [arith.select(_equal(warp, block), x, rest) for x in (corner, left, right, corner)]
+    return words
+
+
+def triangle(*, lower, inclusive, dtype=jnp.float16):
+    """0/1 [64, 64]: ones below the diagonal (`lower`) or above; `inclusive`: the diagonal belongs to what is below."""
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((C, C), dtype, W))
+    def run(_):
+        one = {"float16": ONE, "bfloat16": 0x3F80}[jnp.dtype(dtype).name]
+        full = _less if not lower else lambda warp, block: _less(block, warp)
+        return _array(_triangle(one << 16 | one, lower, inclusive, full), dtype)
+
+    return plgpu.layout_cast(run(), W)  # said twice, or the search for layouts goes on for minutes
+
+
+def _fold(lower, upper, factor):
+    """Words of float16: factor times the numbers below the diagonal of one array, those on and above it of another."""
+    _, warp, row, col = _position()
+    lower, upper, factor, words = _scalars(lower), _scalars(upper), factor.registers.item(), []
+    inside = [_less(arith.addi(col, _c(x)), row) for x in range(2)]
+    for tile, rows in np.ndindex(C // 8, 2):
+        block, right = _c(tile // 2), tile % 2
+        below, here = _less(block, warp), _equal(block, warp)
+        pair = []
+        for x in range(2):
+            if right == rows:
+                wanted = arith.ori(below, arith.andi(here, inside[x]))
+            else:
+                wanted = below if right else arith.ori(below, here)
+            i = 2 * (2 * tile + rows) + x
+            pair.append(arith.mulf(arith.select(wanted, lower[i], upper[i]), factor))
+        words.append(pack(*pair))
+    return words
+
+
+def fold(lower, upper, factor):
+    """factor times the part below the diagonal of one array [64, 64], the rest of another, float16."""
+
+    @plgpu.inline_mgpu(arg_types=(W,) * 3, return_type=plgpu.ShapeDtypeStruct((C, C), jnp.float16, W))
+    def run(_, lower, upper, factor):
+        return _array(_fold(lower, upper, factor), jnp.float16)
+
+    return plgpu.layout_cast(run(lower, upper, factor), W)
+
+
+def _store_diagonal(ctx, x, factor, out):
+    _, warp, row, col = _position()
+    values, factor, first = _scalars(x), factor.registers.item(), _equal(col, row)
+    mine = arith.ori(first, _equal(arith.addi(col, _c(1)), row))
+    token = arith.addi(arith.shli(warp, _c(4)), row)
+    for rows in range(2):
+        found = None
+        for block in range(C // 16):
+            i = 2 * (2 * (2 * block + rows) + rows)
+            value = arith.select(first, values[i], values[i + 1])
+            found = value if found is None else arith.select(_equal(warp, _c(block)), value, found)
+        address = arith.addi(_base(out), arith.shli(arith.addi(token, _c(8 * rows)), _c(2)))
+        _store_if(mine, address, arith.mulf(found, factor))
+
+
+def store_diagonal(x, factor, out):
+    """factor times the diagonal of x [64, 64], into out [64] in shared memory, float32."""
+    plgpu.inline_mgpu(arg_types=(W, W, plgpu.RefType()))(_store_diagonal)(x, factor, out)
+
+
+def _second(level, warp):
+    """Whether the warp's tokens are the second of a pair of blocks; levels of 16 tokens (4) and of 32 (5)."""
+    bit = arith.andi(arith.shrui(warp, arith.subi(level, _c(4))), _c(1))
+    return arith.cmpi(arith.CmpIPredicate.ne, bit, _c(0))
+
+
+def _level_triangle(level):
+    level = level.registers.item()
+    number = lambda x: arith.shrui(x, arith.subi(level, _c(4)))
+
+    def full(warp, block):
+        beside = arith.select(_second(level, warp), _less(block, warp), _less(warp, block))
+        return arith.andi(_equal(number(warp), number(block)), beside)
+
+    return _triangle(ONE << 16 | ONE, functools.partial(_second, level), True, full)
+
+
+def level_triangle(level):
+    """0/1 [64, 64]: the decays that a row sums at level 4 or 5: those since the start of its block of 16 or 32 tokens
+    if it is the second of a pair, those after the row up to the block's end if it is the first."""
+
+    @plgpu.inline_mgpu(arg_types=(W,), return_type=plgpu.ShapeDtypeStruct((C, C), jnp.float16, W))
+    def run(_, level):
+        return _array(_level_triangle(level), jnp.float16)
+
+    return plgpu.layout_cast(run(level), W)
+
+
+def _level_pairs(words, level):
+    level, (_, warp, _, _), zero = level.registers.item(), _position(), _c(0)
+    number = lambda x: arith.shrui(x, arith.subi(level, _c(4)))
+    paired = [_equal(number(arith.xori(warp, _c(block))), _c(1)) for block in range(C // 16)]
+    words = [arith.select(paired[i // 4], x, zero) for i, x in enumerate(words)]
+    second = _second(level, warp)
+    return words, [arith.select(second, zero, x) for x in words], [arith.select(second, x, zero) for x in words]
+
+
+def level_pairs(x, level):
+    """(x where row and column are in a pair of blocks, that in the first blocks' rows, in the second's); else 0."""
+
+    @plgpu.inline_mgpu(arg_types=(W, W), return_type=(plgpu.ShapeDtypeStruct((C, C), jnp.float16, W),) * 3)
+    def run(_, x, level):
+        return tuple(_array(words, jnp.float16) for words in _level_pairs(_words(x), level))
+
+    return run(x, level)
+
+
+def by_block(level, second, first):
+    """Of two arrays [64, 64] of float16, one in the rows of second blocks, the other in those of first blocks."""
+
+    @plgpu.inline_mgpu(arg_types=(W,) * 3, return_type=plgpu.ShapeDtypeStruct((C, C), jnp.float16, W))
+    def run(_, level, a, b):
+        second = _second(level.registers.item(), _position()[1])
+        return _array([arith.select(second, *x) for x in zip(_words(a), _words(b), strict=True)], jnp.float16)
+
+    return run(level, second, first)
+
+
+def add_level(level, factor, x, dq, up, down):
+    """Adds factor x[0] to dq in the rows of second blocks, to down in those of first ones, and factor x[1] to up."""
+
+    @plgpu.inline_mgpu(arg_types=(W,) * 7, return_type=(plgpu.ShapeDtypeStruct((C, C), jnp.float32, W),) * 3)
+    def run(_, level, factor, x, y, *sums):
+        second = _second(level.registers.item(), _position()[1])
+        factors = [f for word in _words(factor) for f in unpack(word)]
+        x, y, dq, up, down = map(_scalars, (x, y, *sums))
+        for i, f in enumerate(factors):
+            dq[i] = fma_if(second, f, x[i], dq[i])
+            down[i] = fma_if(second, f, x[i], down[i], False)
+            up[i] = fma(f, y[i], up[i])
+        return tuple(_rebuild(array, values) for array, values in zip(sums, (dq, up, down), strict=True))
+
+    return run(level, factor, *x, dq, up, down)
 
 
 def _elementwise(instruction):

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 
 LANES = np.arange(128, dtype=np.uint32)
@@ -15,6 +16,11 @@ def _halves(x):
 def _registers(x):
     """[128, 2] numbers as [128] registers of two float16."""
     return np.ascontiguousarray(x.astype(np.float16)).view(np.uint32)[:, 0]
+
+
+def _bfloat16(x):
+    """[128, 2] numbers as [128] registers of two bfloat16."""
+    return np.ascontiguousarray(x.astype(ml_dtypes.bfloat16)).view(np.uint32)[:, 0]
 
 
 def _signed(x):
@@ -42,14 +48,24 @@ class Fragments:
             registers[i] = Pair(tiles[i])
         return cls(registers)
 
+    @classmethod
+    def of_words(cls, words):
+        """Of registers with two float16 each."""
+        pairs = [Pair(_halves(word)) for word in words]
+        return cls(np.array(pairs, object).reshape(-1, 2))
+
+    def words(self):
+        return [_registers(x.values) for x in self.registers.flat]
+
     def array(self):
         tiles = np.stack([np.stack([x.values for x in pair]) for pair in self.registers])
         return tiles.reshape(-1, 2, 4, 8, 4, 2).transpose(2, 1, 3, 0, 4, 5).reshape(64, -1)
 
 
-def scalar(value: int):
+def scalar(value: int | float):
     """An argument that is the same for all lanes."""
-    return SimpleNamespace(registers=SimpleNamespace(item=lambda: np.full(128, value, np.uint32)))
+    kind = np.float32 if isinstance(value, float) else np.uint32
+    return SimpleNamespace(registers=SimpleNamespace(item=lambda: np.full(128, value, kind)))
 
 
 class Machine:
@@ -66,7 +82,7 @@ class Machine:
         vector = SimpleNamespace(extract=lambda x, dynamic_position, static_position: x.values[:, static_position])
         utils = SimpleNamespace(memref_ptr=lambda address: np.full(128, address, np.uint32))
         self.names = dict(
-            ir=ir, vector=vector, arith=_ARITH, _asm=self.run, _store=self.store_f32,
+            ir=ir, vector=vector, arith=_ARITH, _asm=self.run, _store=self.store, _store_if=self.store_if,
             llvm=SimpleNamespace(ptrtoint=lambda kind, x: x, mlir_undef=lambda kind: None, insertelement=_insert),
             mosaic=SimpleNamespace(utils=utils, FragmentedArray=Fragments),
         )  # fmt: skip
@@ -93,12 +109,21 @@ class Machine:
                 return [LANES]
             case "ex2":
                 return [np.exp2(operands[0])]
-            case "{":  # unpack
+            case "{" if "neg" in text:
+                return [operands[0] * operands[1] - operands[2]]
+            case "{" if "f16" in text:  # unpack
                 return list(_halves(operands[0]).T)
+            case "{":  # the same of bfloat16
+                return [x.view(np.float32) for x in (operands[0] << 16, operands[0] & 0xFFFF0000)]
             case "cvt":
-                return [_registers(np.stack(operands, -1))]
+                return [(_bfloat16 if "bf16" in name else _registers)(np.stack(operands, -1))]
+            case "movmatrix":
+                matrices = np.ascontiguousarray(operands[0]).view(np.uint16).reshape(4, 8, 8).swapaxes(1, 2)
+                return [np.ascontiguousarray(matrices).reshape(128, 2).view(np.uint32)[:, 0]]
             case "mul":
                 return [_registers(_halves(operands[0]) * _halves(operands[1]))]
+            case "shfl" if "idx" in name:
+                return [operands[0]]  # of one value for all lanes
             case "shfl":
                 return [operands[0][LANES ^ int(text.split(",")[2])]]
             case "fma":
@@ -107,9 +132,19 @@ class Machine:
         a, b, c, condition = operands
         return [np.where(condition == (name == "@$4"), a * b + c, c)]
 
-    def store_f32(self, address, value):
+    def store(self, address, value, kind="f"):
+        value = value.astype(np.float32 if kind == "f" else np.uint32)
         for at, x in zip(address, value, strict=True):
-            self.memory[at : at + 4] = np.float32(x).reshape(1).view(np.uint8)
+            self.memory[at : at + 4] = x.reshape(1).view(np.uint8)
+
+    def store_if(self, condition, address, value):
+        self.store(address[condition], value[condition])
+
+    def read_tile(self, address: int, dtype) -> np.ndarray:
+        """Undoes `write_tile`, [64, 64] of two bytes each."""
+        unit = np.arange(8) ^ np.arange(64)[:, None] % 8
+        units = self.memory[address : address + 8192].reshape(64, 8, 16)
+        return np.take_along_axis(units, unit[..., None], 1).reshape(64, 128).view(dtype)
 
     def write_f32(self, address: int, x: np.ndarray):
         self.memory[address : address + x.nbytes] = x.view(np.uint8)
@@ -145,7 +180,8 @@ def _constant(kind, value):
 
 
 _ARITH = SimpleNamespace(
-    constant=_constant, select=np.where, addi=np.add, addf=np.add, muli=np.multiply, divui=np.floor_divide,
+    constant=_constant, select=np.where, addi=np.add, addf=np.add, subi=np.subtract, subf=np.subtract, mulf=np.multiply,
+    muli=np.multiply, divui=np.floor_divide,
     andi=np.bitwise_and, ori=np.bitwise_or, xori=np.bitwise_xor, shli=np.left_shift, shrui=np.right_shift,
     cmpi=lambda compare, a, b: compare(_signed(a), _signed(b)),
     CmpIPredicate=SimpleNamespace(slt=np.less, ne=np.not_equal, eq=np.equal),

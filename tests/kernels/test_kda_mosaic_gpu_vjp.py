@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from lanes import Fragments, Machine, scalar
 
@@ -73,8 +75,12 @@ def interpreted(monkeypatch):
         return [sum(multiply(value(a), value(b)) for a, b in pairs) for pairs in groups]
 
     def fine_levels(*arguments):
-        g, k, q, da, dl, beta = (x[...] for x in arguments[:6])
-        return _fine_levels(g, k, q, da, dl, beta, *arguments[6:])
+        *tiles, high, low = arguments[:8]
+        *sums, dg = _fine_levels(*(x[...] for x in tiles), *arguments[8:])
+        columns = pl.ds(32 * arguments[8], 32)
+        high[:, columns] = dg.astype(high.dtype)
+        low[:, columns] = (dg - dg.astype(high.dtype).astype(dg.dtype)).astype(high.dtype)
+        return sums
 
     def column_sums(x, out, start=0):
         out[...] = start + x.reshape(4, 16, -1).sum(1).reshape(out.shape)
@@ -85,6 +91,8 @@ def interpreted(monkeypatch):
         products=products, hidden_zero=lambda: jnp.int32(0), meet=plgpu.commit_smem, NUM_CTAS=2,
         fine_levels=fine_levels,
         column_sums=column_sums, add_column_sums=lambda x, out: column_sums(x, out, out[...]),
+        triangle=_triangle, level_triangle=_level_triangle, level_pairs=_level_pairs, by_block=_by_block,
+        add_level=_add_level, fold=_fold, store_diagonal=_store_diagonal,
         halve=lambda x: tuple(jnp.split(x, 2, 1)), join=lambda a, b: jnp.concatenate([a, b], 1),
         fast_exp2=jnp.exp2, fast_log2=lambda x: jax.lax.log(x) * LOG2E, fast_rsqrt=jax.lax.rsqrt,
     )  # fmt: skip
@@ -93,11 +101,12 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(kernels, name, value)
 
 
-def _fine_levels(g, k, q, da, dl, beta, half, dq, up, down, dg):
-    """What `warp.fine_levels` computes, with its roundings."""
+def _fine_levels(g, k, q, da, dl, beta, half, dq, up, down):
+    """What `warp.fine_levels` computes, with its roundings: dq, up, down, and dg in one piece."""
     g, k, q = (jax.lax.dynamic_slice_in_dim(x, 32 * half, 32, 1) for x in (g, k, q))
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (64, 64), axis) for axis in range(2))
+    row, column = _indices()
     multiply = functools.partial(jnp.dot, preferred_element_type=jnp.float32, precision="highest")
+    dg = q * dq + k * (beta.astype(jnp.float16).astype(jnp.float32)[:, None] * up - down)
     for n in range(FINE):
         start, second = row >> n << n, (row & (1 << n)) != 0
         span = jnp.where(second, (start <= column) & (column <= row), (row < column) & (column < start + (1 << n)))
@@ -113,6 +122,45 @@ def _fine_levels(g, k, q, da, dl, beta, half, dq, up, down, dg):
     return dq, up, down, dg
 
 
+def _indices():
+    """Row and column numbers, [64, 64]."""
+    return (jax.lax.broadcasted_iota(jnp.int32, (64, 64), axis) for axis in range(2))
+
+
+def _triangle(*, lower, inclusive, dtype=jnp.float16):
+    row, column = _indices()
+    return ((column < row + inclusive) == lower).astype(dtype)
+
+
+def _fold(lower, upper, factor):
+    return (factor * jnp.where(_triangle(lower=True, inclusive=False) == 1, lower, upper)).astype(jnp.float16)
+
+
+def _store_diagonal(x, factor, out):
+    out[...] = factor * jnp.diag(x)
+
+
+def _level_triangle(n):
+    row, column = _indices()
+    return (_by_block(n, column <= row, row < column) & (column >> n == row >> n)).astype(jnp.float16)
+
+
+def _level_pairs(x, n):
+    row, column = _indices()
+    x = jnp.where((row ^ column) >> n == 1, x, 0)
+    return x, _by_block(n, 0 * x, x), _by_block(n, x, 0 * x)
+
+
+def _by_block(n, second, first):
+    row, _ = _indices()
+    return jnp.where((row >> n & 1) == 1, second, first)
+
+
+def _add_level(n, factor, x, dq, up, down):
+    x, y = (factor.astype(jnp.float32) * x for x in x)
+    return dq + _by_block(n, x, 0 * x), up + y, down + _by_block(n, 0 * x, x)
+
+
 @pytest.fixture
 def machine(monkeypatch):
     machine = Machine()
@@ -126,14 +174,42 @@ def test_the_instructions_of_a_warp_compute_the_fine_levels(half, machine):
     rng = np.random.default_rng(half)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float16).astype(np.float32)
     tiles, beta = [-np.abs(draw(64, 64)), *(draw(64, 64) for _ in range(4))], np.abs(draw(64))
-    sums = [draw(64, 32) for _ in range(4)]
-    places = range(0, 6 * 8192, 8192)
+    sums = [draw(64, 32) for _ in range(3)]
+    places = range(0, 8 * 8192, 8192)
     for place, x in zip(places, tiles, strict=False):
         machine.write_tile(place, x)
     machine.write_f32(places[5], beta)
     got = warp._fine(None, *places, scalar(half), *map(Fragments.of, sums))
-    for x, want in zip(got, _fine_levels(*tiles, beta, half, *sums), strict=True):
-        np.testing.assert_allclose(x.array(), want, atol=2e-5)  # Measured: 2e-6.
+    *want, dg = _fine_levels(*tiles, beta, half, *sums)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x.array(), y, atol=2e-5)  # Measured: 2e-6.
+    high, low = (machine.read_tile(place, jnp.bfloat16).astype(np.float32) for place in places[6:])
+    got = (high + low)[:, 32 * half : 32 * half + 32]
+    np.testing.assert_allclose(got, dg, rtol=2**-16, atol=1e-4)
+
+
+def test_the_instructions_of_a_warp_make_triangles(machine):
+    one = 0x3C003C00
+    array = lambda words: Fragments.of_words(words).array()
+    for lower, inclusive in itertools.product((True, False), repeat=2):
+        full = (lambda warp, block: block < warp) if lower else (lambda warp, block: warp < block)
+        got = array(warp._triangle(one, lower, inclusive, full))
+        np.testing.assert_array_equal(got, _triangle(lower=lower, inclusive=inclusive))
+    for level in (4, 5):
+        np.testing.assert_array_equal(array(warp._level_triangle(scalar(level))), _level_triangle(level))
+        x = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
+        got = warp._level_pairs(Fragments.of(x.astype(np.float32)).words(), scalar(level))
+        for words, want in zip(got, _level_pairs(x, level), strict=True):
+            np.testing.assert_array_equal(array(words), want)
+
+
+def test_the_instructions_of_a_warp_fold_two_arrays(machine):
+    lower, upper = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
+    got = warp._fold(Fragments.of(lower), Fragments.of(upper), scalar(0.5))
+    want = (np.tril(lower, -1) + np.triu(upper)) / 2
+    np.testing.assert_array_equal(Fragments.of_words(got).array(), want.astype(np.float16))
+    warp._store_diagonal(None, Fragments.of(lower), scalar(0.5), 0)
+    np.testing.assert_array_equal(machine.read_f32(0, 64), np.diag(lower) / 2)
 
 
 def test_the_instructions_of_a_warp_sum_columns(machine):
