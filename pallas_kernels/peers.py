@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.timing import CALLS, REPEATS, OutOfMemory
+from pallas_kernels.timing import OutOfMemory, median_ms
 
 type Setting = tuple[Mapping[str, int], int, int]  # block sizes, warps, stages
 
@@ -32,7 +31,7 @@ def arrays(tensors: Sequence) -> tuple[jax.Array, ...]:
     return tuple(jnp.from_dlpack(x.detach().contiguous()) for x in tensors)
 
 
-def device_ms(call: Callable[[], object], calls: int = CALLS) -> float:
+def device_ms(call: Callable[[], object]) -> float:
     """Median milliseconds of one of several calls queued back to back, by the device's clock.
 
     Raises:
@@ -40,20 +39,20 @@ def device_ms(call: Callable[[], object], calls: int = CALLS) -> float:
     """
     import torch
 
-    events, times = [torch.cuda.Event(enable_timing=True) for _ in range(2)], []
-    try:
-        for _ in range(2):  # compilation
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def average(calls: int) -> float:
+        events[0].record()
+        for _ in range(calls):
             call()
-        for _ in range(REPEATS):
-            events[0].record()
-            for _ in range(calls):
-                call()
-            events[1].record()
-            torch.cuda.synchronize()
-            times.append(events[0].elapsed_time(events[1]) / calls)
+        events[1].record()
+        torch.cuda.synchronize()
+        return events[0].elapsed_time(events[1]) / calls
+
+    try:
+        return median_ms(average)
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemory("out of memory") from error
-    return statistics.median(times)
 
 
 def peak_gb(call: Callable[[], object]) -> float:

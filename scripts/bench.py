@@ -93,7 +93,9 @@ def bench_operator(arguments: argparse.Namespace) -> None:
     implementations = chosen(arguments.implementations, list(operator.IMPLEMENTATIONS), "--implementations")
     peers = chosen(arguments.peers, list(operator.PEERS), "--peers") if arguments.peers else []
     device = gpu_name()
-    print(f"{device}, jax {jax.__version__}, median of {timing.REPEATS} x {timing.CALLS} queued calls", file=sys.stderr)
+    print(
+        f"{device}, jax {jax.__version__}, median of {timing.REPEATS} queues of {timing.QUEUED_MS} ms", file=sys.stderr
+    )
     rows = []
     for case in cases:
         for row in operator.measure(operator.CASES[case], implementations, peers):
