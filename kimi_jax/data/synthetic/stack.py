@@ -27,21 +27,25 @@ def draw(cfg: StackData, random: np.random.Generator) -> Example:
     symbols = (FIRST_STACK + cfg.num_stacks + random.integers(cfg.num_symbols, size=num_operations)).tolist()
     stacks: list[list[int]] = [[] for _ in range(cfg.num_stacks)]
     filled: list[int] = []  # stacks that hold an element
-    rows = []
-    for coin, share, which, symbol in zip(coins, shares, pushed_on, symbols, strict=True):
-        if filled and coin < 0.5:
+    popped, ids = [], []
+    for step, (coin, share) in enumerate(zip(coins, shares, strict=True)):
+        pop = coin < 0.5 and bool(filled)
+        popped.append(pop)
+        if pop:
             at = int(share * len(filled))
-            popped = filled[at]
-            rows.append((POP, FIRST_STACK + popped, stacks[popped].pop()))
-            if not stacks[popped]:
+            ids.append(filled[at])
+            held = stacks[filled[at]]
+            symbols[step] = held.pop()
+            if not held:
                 del filled[at]
         else:
-            if not stacks[which]:
-                filled.append(which)
-            stacks[which].append(symbol)
-            rows.append((PUSH, FIRST_STACK + which, symbol))
-    tokens = np.array(rows, np.int32)
+            ids.append(pushed_on[step])
+            held = stacks[pushed_on[step]]
+            if not held:
+                filled.append(pushed_on[step])
+            held.append(symbols[step])
+    pops = np.array(popped)
+    tokens = np.stack([np.where(pops, POP, PUSH), FIRST_STACK + np.array(ids), np.array(symbols)], axis=1).ravel()
     scored = np.zeros(tokens.shape, bool)
-    scored[:, 1] = tokens[:, 0] == POP
-    flat = tokens.ravel()
-    return Example.of_one_document(cfg.seq_len, flat, np.roll(flat, -1), scored.ravel())
+    scored[1::OPERATION] = pops
+    return Example.of_one_document(cfg.seq_len, tokens, np.roll(tokens, -1), scored)
