@@ -20,7 +20,7 @@ from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
 )
 from pallas_kernels.grouped_matmul.product_mosaic_gpu import tile_width
 from pallas_kernels.grouped_matmul.store_mosaic_gpu import Pieces
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, WARPGROUPS, TileConfig, choose_swizzle, sum_before
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, WARPGROUPS, TileConfig, sum_before
 
 TALL = WARPGROUPS * HEIGHT  # rows of a tile of the result, which are columns of x
 
@@ -48,13 +48,12 @@ def multiply_transposed(
     """Returns x_e^T dy_e of the rows of every group in `dtype`, accumulated in float32; empty groups give zeros.
 
     Args:
-      x, dy: 16-bit; M a multiple of 8, D and F of 16. All of dy must be finite, also where no group lies: a step
+      x, dy: 16-bit; M a multiple of 8, D and F of 64. All of dy must be finite, also where no group lies: a step
         at a group's end also reads rows of others, which are cleared in x alone.
     """
     num_groups, D, F = group_sizes.shape[0], x.shape[1], dy.shape[1]
     width, depth, stages = tile_width(F, config.columns), config.depth, config.stages
     down, across = -(-D // TALL), -(-F // width)
-    swizzle, out_swizzle = choose_swizzle(x.dtype, D, F), choose_swizzle(dtype, F)
     bounds = _largest_first(group_sizes.astype(jnp.int32))
     layout = plgpu.Layout.WGMMA
 
@@ -90,16 +89,16 @@ def multiply_transposed(
         def finish(tile, values, take):
             rows = pl.ds(tile.down * TALL + mine, HEIGHT)
             pieces = Pieces(slots.at[warpgroup])
-            columns = lambda piece: pl.ds(tile.across * width + piece.start, piece.size)
-            pieces.store(values[0].astype(dtype), lambda piece: dw.at[tile.group, rows, columns(piece)])
+            columns = lambda c: pl.ds(tile.across * width + c, piece_width(dtype))
+            pieces.store(values[0].astype(dtype), lambda c: dw.at[tile.group, rows, columns(c)])
 
         work = Work(describe, load, multiply, finish)
         run_tiles(work, jnp.int32(num_groups * down * across), [(HEIGHT, width)], full, empty)
 
     scratch = [
-        swizzled(stages, depth, TALL, dtype=x.dtype, swizzle=swizzle),
-        swizzled(stages, depth, width, dtype=x.dtype, swizzle=swizzle),
-        swizzled(WARPGROUPS, config.slots, HEIGHT, piece_width(dtype, out_swizzle), dtype=dtype, swizzle=out_swizzle),
+        swizzled(stages, depth, TALL, dtype=x.dtype),
+        swizzled(stages, depth, width, dtype=x.dtype),
+        swizzled(WARPGROUPS, config.slots, HEIGHT, piece_width(dtype), dtype=dtype),
         *barriers(stages, 2),
     ]
     return launch(kernel, jax.ShapeDtypeStruct((num_groups, D, F), dtype), scratch)(bounds, x, dy)

@@ -1,11 +1,12 @@
 """Grouped products on Hopper: which arguments the kernels serve, and which of them make up each gradient."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels.batching import by_rows
 from pallas_kernels.grouped_matmul.gradient_mosaic_gpu import multiply_transposed
@@ -15,12 +16,12 @@ from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, pla
 from pallas_kernels.hopper import refuse_device
 
 DTYPES = (jnp.bfloat16, jnp.float16)
-COLUMNS = 16  # D and F must be multiples of it: of 32 bytes, the narrowest layout of the matrix unit
+COLUMNS = 64  # to whole multiples of which other widths are filled with zeros: 128 bytes, a row of the fastest layout
 CONFIG = TileConfig()
 
 
 def refuse(x, w, *rest) -> str | None:
-    """Refuses all but Hopper GPUs, 16-bit rows and widths that a layout divides; arguments as of the functions."""
+    """Refuses all but Hopper GPUs and 16-bit rows; arguments as of the functions below."""
     return refuse_device() or unserved(x, w)
 
 
@@ -28,8 +29,6 @@ def unserved(x, w) -> str | None:
     """The part of `refuse` that does not ask for the device."""
     if x.dtype not in DTYPES:
         return f"x must be bfloat16 or float16, got {x.dtype}"
-    if w.shape[1] % COLUMNS or w.shape[2] % COLUMNS:
-        return f"D={w.shape[1]} and F={w.shape[2]} must be multiples of {COLUMNS}"
     return None
 
 
@@ -62,12 +61,13 @@ def grouped_matmul(
     x: Float[Array, "M D"], w: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "M F"]:
     """See `pallas_kernels.grouped_matmul.api.grouped_matmul`; the backward pass keeps the arguments alone."""
-    return _of_models(_multiply)(group_sizes, _pad(x), w)[: x.shape[0]]
+    y = _of_models(_multiply)(group_sizes, _pad(x), _widen(w, x.dtype))
+    return y[: x.shape[0], : w.shape[2]]
 
 
 def _multiply(group_sizes, x, w):
     plan = plan_tiles(group_sizes, x.shape[0])
-    return multiply_rows(plan, [(x, w.astype(x.dtype))], transposed=False, config=CONFIG)
+    return multiply_rows(plan, [(x, w)], transposed=False, config=CONFIG)
 
 
 def _matmul_forward(x, w, group_sizes):
@@ -76,14 +76,15 @@ def _matmul_forward(x, w, group_sizes):
 
 def _matmul_backward(saved, dy):
     x, w, group_sizes = saved
-    dx, dw = _of_models(_matmul_gradients)(group_sizes, _pad(dy), _pad(x), w)
-    return dx[: x.shape[0]], dw, None
+    run = _of_models(functools.partial(_matmul_gradients, w.dtype))
+    dx, dw = run(group_sizes, _pad(dy), _pad(x), _widen(w, x.dtype))
+    return dx[: x.shape[0], : x.shape[1]], _narrow(dw, w), None
 
 
-def _matmul_gradients(group_sizes, dy, x, w):
+def _matmul_gradients(dtype, group_sizes, dy, x, w):
     plan = plan_tiles(group_sizes, x.shape[0])
-    dx = multiply_rows(plan, [(dy, w.astype(x.dtype))], transposed=True, config=CONFIG)
-    return dx, multiply_transposed(x, dy, group_sizes, dtype=w.dtype, config=CONFIG)
+    dx = multiply_rows(plan, [(dy, w)], transposed=True, config=CONFIG)
+    return dx, multiply_transposed(x, dy, group_sizes, dtype=dtype, config=CONFIG)
 
 
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -103,34 +104,34 @@ def grouped_swiglu(
 
 
 def _swiglu_forward(x, gate, up, down, scale, group_sizes):
-    y, gated, raised = _of_models(_swiglu)(group_sizes, _pad(x), gate, up, down, _pad(scale))
+    matrices = (_widen(w, x.dtype) for w in (gate, up, down))
+    y, gated, raised = _of_models(_swiglu)(group_sizes, _pad(x), *matrices, _pad(scale))
     gated, raised = (checkpoint_name(z, "operators") for z in (gated, raised))  # kept or recomputed by that name
-    return y[: x.shape[0]], (x, gate, up, down, scale, group_sizes, gated, raised)
+    return y[: x.shape[0], : x.shape[1]], (x, gate, up, down, scale, group_sizes, gated, raised)
 
 
 def _swiglu(group_sizes, x, gate, up, down, scale):
     plan = plan_tiles(group_sizes, x.shape[0])
-    hidden, gated, raised = swiglu_rows(plan, x, *(w.astype(x.dtype) for w in (gate, up)), scale, config=CONFIG)
-    y = multiply_rows(plan, [(hidden, down.astype(x.dtype))], transposed=False, config=CONFIG)
-    return y, gated, raised
+    hidden, gated, raised = swiglu_rows(plan, x, gate, up, scale, config=CONFIG)
+    return multiply_rows(plan, [(hidden, down)], transposed=False, config=CONFIG), gated, raised
 
 
 def _swiglu_backward(saved, dy):
     x, gate, up, down, scale, group_sizes, gated, raised = saved
-    others = _pad(x), gate, up, down, _pad(scale), gated, raised
-    dx, *gradients, d_scale = _of_models(_swiglu_gradients)(group_sizes, _pad(dy), *others)
-    return dx[: x.shape[0]], *gradients, d_scale[: x.shape[0]].astype(scale.dtype), None
+    matrices = gate, up, down
+    run = _of_models(functools.partial(_swiglu_gradients, tuple(w.dtype for w in matrices)))
+    widened = (_widen(w, x.dtype) for w in matrices)
+    dx, *gradients, d_scale = run(group_sizes, _pad(dy), _pad(x), *widened, _pad(scale), gated, raised)
+    gradients = (_narrow(dw, w) for dw, w in zip(gradients, matrices, strict=True))
+    return dx[: x.shape[0], : x.shape[1]], *gradients, d_scale[: x.shape[0]].astype(scale.dtype), None
 
 
-def _swiglu_gradients(group_sizes, dy, x, gate, up, down, scale, gated, raised):
+def _swiglu_gradients(dtypes, group_sizes, dy, x, gate, up, down, scale, gated, raised):
     plan = plan_tiles(group_sizes, x.shape[0])
-    hidden, d_gated, d_raised, d_scale = swiglu_gradients(
-        plan, dy, down.astype(x.dtype), gated, raised, scale, config=CONFIG
-    )
-    pairs = [(d_gated, gate.astype(x.dtype)), (d_raised, up.astype(x.dtype))]
-    dx = multiply_rows(plan, pairs, transposed=True, config=CONFIG)
-    factors = ((x, d_gated, gate), (x, d_raised, up), (hidden, dy, down))
-    gradients = (multiply_transposed(a, b, group_sizes, dtype=w.dtype, config=CONFIG) for a, b, w in factors)
+    hidden, d_gated, d_raised, d_scale = swiglu_gradients(plan, dy, down, gated, raised, scale, config=CONFIG)
+    dx = multiply_rows(plan, [(d_gated, gate), (d_raised, up)], transposed=True, config=CONFIG)
+    factors = zip((x, x, hidden), (d_gated, d_raised, dy), dtypes, strict=True)
+    gradients = (multiply_transposed(a, b, group_sizes, dtype=dtype, config=CONFIG) for a, b, dtype in factors)
     return dx, *gradients, d_scale
 
 
@@ -138,6 +139,23 @@ grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _pad(x):
-    """Rows in whole steps, at least a tile of them; what is added lies behind the last group."""
+    """Rows in whole steps, at least a tile of them: what is added lies behind the last group. Columns in whole layouts."""
     rows = max(ROWS, -(-x.shape[0] // ALIGNMENT) * ALIGNMENT)
-    return jnp.pad(x, ((0, rows - x.shape[0]), *((0, 0),) * (x.ndim - 1))) if rows != x.shape[0] else x
+    return _fill(x, rows, *map(_whole, x.shape[1:]))
+
+
+def _widen(w: Float[Array, "E D F"], dtype: DTypeLike) -> Float[Array, "E D F"]:
+    """The matrices as the kernels take them; rounding and filling are one copy."""
+    return _fill(w.astype(dtype), w.shape[0], *map(_whole, w.shape[1:]))
+
+
+def _narrow(dw: Float[Array, "E D F"], w: Float[Array, "E D F"]) -> Float[Array, "E D F"]:
+    return dw[:, : w.shape[1], : w.shape[2]]
+
+
+def _whole(columns: int) -> int:
+    return -(-columns // COLUMNS) * COLUMNS
+
+
+def _fill(x, *shape: int):
+    return x if x.shape == shape else jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])

@@ -8,9 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.tiles import SWIZZLES, WARPGROUPS
+from pallas_kernels.grouped_matmul.tiles import WARPGROUPS
 
 HEIGHT = 64  # rows of one wgmma
+SWIZZLE = 128  # bytes
 MEMORY_REGISTERS, MULTIPLY_REGISTERS = 40, 232  # per thread; together they fill the register file
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM; another number only spreads the tiles less evenly
 f32 = jnp.float32
@@ -31,15 +32,15 @@ class Work(NamedTuple):
     """Behind those of the products and loaded ahead like them; take(i, use) waits for the ith and gives use(slot)."""
 
 
-def swizzled(*shape: int, dtype, swizzle: int, height: int = 8):
-    """A shared-memory buffer in tiles of a layout (see `choose_swizzle`); those of the matrix unit have 8 rows."""
-    transforms = (plgpu.TilingTransform((height, piece_width(dtype, swizzle))), plgpu.SwizzleTransform(swizzle))
+def swizzled(*shape: int, dtype):
+    """A shared-memory buffer in the layout of the matrix unit."""
+    transforms = (plgpu.TilingTransform((8, piece_width(dtype))), plgpu.SwizzleTransform(SWIZZLE))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def piece_width(dtype, swizzle: int = SWIZZLES[0]) -> int:
-    """Columns in one row of a layout."""
-    return swizzle // jnp.dtype(dtype).itemsize
+def piece_width(dtype) -> int:
+    """Columns in one swizzled row."""
+    return SWIZZLE // jnp.dtype(dtype).itemsize
 
 
 def barriers(stages: int, copies: int) -> list:

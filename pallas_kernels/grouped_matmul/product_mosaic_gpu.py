@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
     swizzled,
 )
 from pallas_kernels.grouped_matmul.store_mosaic_gpu import OwnRows, staging
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, choose_swizzle, choose_width
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, choose_width
 
 
 class Tile(NamedTuple):
@@ -44,13 +44,13 @@ def multiply_rows(
     Args:
       plan: see `plan_tiles`.
       pairs: x and w, [E, K, N] or, if `transposed`, [E, N, K]; all of one shape and 16-bit dtype; K and N multiples
-        of 16. Columns beyond N and K are zeros in shared memory, and dropped on the way out.
+        of 64. Tiles may reach beyond N: what is copied from there is zero, and what goes there is dropped.
     """
     (x, w), depth, stages = pairs[0], config.depth, config.stages
     num_rows, K = x.shape
     N = w.shape[1] if transposed else w.shape[2]
-    width, swizzle = tile_width(N, config.columns), choose_swizzle(x.dtype, K, N)
-    steps, across = -(-K // depth), -(-N // width)
+    width = tile_width(N, config.columns)
+    steps, across = K // depth, -(-N // width)
 
     def kernel(tiles, count, *refs):
         operands, (y, left, right, staged, full, empty) = refs[: 2 * len(pairs)], refs[2 * len(pairs) :]
@@ -78,9 +78,9 @@ def multiply_rows(
         run_tiles(work, count[0] * across, [(HEIGHT, width)], full, empty)
 
     scratch = [
-        swizzled(stages, ROWS, depth, dtype=x.dtype, swizzle=swizzle),
-        swizzled(stages, *((width, depth) if transposed else (depth, width)), dtype=x.dtype, swizzle=swizzle),
-        staging(x.dtype, config, N),
+        swizzled(stages, ROWS, depth, dtype=x.dtype),
+        swizzled(stages, *((width, depth) if transposed else (depth, width)), dtype=x.dtype),
+        staging(x.dtype, config),
         *barriers(stages, 2),
     ]
     run = launch(kernel, jax.ShapeDtypeStruct((num_rows, N), x.dtype), scratch)

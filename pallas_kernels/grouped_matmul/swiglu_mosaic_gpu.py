@@ -21,7 +21,7 @@ from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
 )
 from pallas_kernels.grouped_matmul.product_mosaic_gpu import describe_tiles, tile_width
 from pallas_kernels.grouped_matmul.store_mosaic_gpu import OwnRows, staging
-from pallas_kernels.grouped_matmul.tiles import ROWS, TILE_COST, TileConfig, choose_swizzle, choose_width
+from pallas_kernels.grouped_matmul.tiles import ROWS, TILE_COST, TileConfig, choose_width
 
 LOG2_E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
@@ -42,7 +42,7 @@ def swiglu_rows(
     """
     depth, stages, dtype = config.depth, config.stages, x.dtype
     (num_rows, D), F = x.shape, gate.shape[2]
-    width, swizzle = _half_width(F, dtype, config.columns // 2), choose_swizzle(dtype, D, F)
+    width = _half_width(F, config.columns // 2)
     across = -(-F // width)
 
     def kernel(tiles, count, x, gate, up, scale, h, g, u, left, right, staged, full, empty):
@@ -65,13 +65,13 @@ def swiglu_rows(
             column = tile.column * width
             OwnRows(tile, staged).store([(value.astype(dtype), y, column) for value, y in results])
 
-        work = Work(describe_tiles(tiles, gate.shape[0], across, -(-D // depth)), load, multiply, finish)
+        work = Work(describe_tiles(tiles, gate.shape[0], across, D // depth), load, multiply, finish)
         run_tiles(work, count[0] * across, [(HEIGHT, width)] * 2, full, empty)
 
     scratch = [
-        swizzled(stages, ROWS, depth, dtype=dtype, swizzle=swizzle),
-        swizzled(stages, 2, depth, width, dtype=dtype, swizzle=swizzle),
-        staging(dtype, config, F),
+        swizzled(stages, ROWS, depth, dtype=dtype),
+        swizzled(stages, 2, depth, width, dtype=dtype),
+        staging(dtype, config),
         *barriers(stages, 3),
     ]
     result = jax.ShapeDtypeStruct((num_rows, F), dtype)
@@ -97,7 +97,7 @@ def swiglu_gradients(
     """
     depth, stages, dtype = config.depth, config.stages, dy.dtype
     (num_rows, D), F = dy.shape, down.shape[1]
-    width, swizzle = tile_width(F, config.columns), choose_swizzle(dtype, D, F)
+    width = tile_width(F, config.columns)
     across, pieces = -(-F // width), width // depth
 
     def kernel(tiles, count, dy, down, g, u, scale, h, dg, du, d_scale, left, right, staged, full, empty):
@@ -138,13 +138,13 @@ def swiglu_gradients(
                 out.store([(value.astype(dtype), y, column) for value, y in results])
             out.store_number(sums, d_scale.at[tile.column])
 
-        work = Work(describe_tiles(tiles, down.shape[0], across, -(-D // depth)), load, multiply, finish, pieces)
+        work = Work(describe_tiles(tiles, down.shape[0], across, D // depth), load, multiply, finish, pieces)
         run_tiles(work, count[0] * across, [(HEIGHT, width)], full, empty)
 
     scratch = [
-        swizzled(stages, ROWS, depth, dtype=dtype, swizzle=swizzle),
-        swizzled(stages, width, depth, dtype=dtype, swizzle=swizzle),
-        staging(dtype, config, F),
+        swizzled(stages, ROWS, depth, dtype=dtype),
+        swizzled(stages, width, depth, dtype=dtype),
+        staging(dtype, config),
         *barriers(stages, 2),
     ]
     result = jax.ShapeDtypeStruct((num_rows, F), dtype)
@@ -153,11 +153,9 @@ def swiglu_gradients(
     return *results, jnp.sum(d_scale[:, :, 0], 0)
 
 
-def _half_width(columns: int, dtype, widest: int) -> int:
-    """Two products share a tile: each has half of its columns, in whole pieces of the result."""
-    piece = piece_width(dtype, choose_swizzle(dtype, columns))
-    widths = tuple(width for width in (64, 96, 128) if width <= widest and width % piece == 0)
-    return choose_width(columns, widths, TILE_COST // 2)
+def _half_width(columns: int, widest: int) -> int:
+    """Two products share a tile: each has half of its columns."""
+    return choose_width(columns, tuple(width for width in (64, 128) if width <= widest), TILE_COST // 2)
 
 
 def _by_row(scale, tile, columns: int):

@@ -1,14 +1,12 @@
 """How rows are cut into tiles for the Hopper kernels: a tile belongs to one group, its first row is a multiple of 8."""
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 ALIGNMENT = 8  # rows; copies into swizzled shared memory start at multiples of it
 ROWS, WARPGROUPS = 128, 2  # of a tile: each of the warpgroups that multiply has half of the rows
-SWIZZLES = (128, 64, 32)  # bytes per row of the layouts that the matrix unit reads, the fastest first
 TILE_COST = 40  # columns that a tile costs beside its own: in tiles of 128, products take an eighth longer than of 256
 
 
@@ -24,16 +22,6 @@ class TileConfig:
     """Steps whose operands are in shared memory at a time."""
     slots: int = 2
     """Pieces of the result per warpgroup on their way to device memory."""
-
-
-def choose_swizzle(dtype, *widths: int) -> int:
-    """The widest layout whose rows divide the rows of all arrays: copies are cut into whole rows of a layout.
-
-    Raises:
-      StopIteration: there is none; `math.gcd` of the widths must be a multiple of 32 bytes.
-    """
-    row = math.gcd(*widths) * jnp.dtype(dtype).itemsize
-    return next(swizzle for swizzle in SWIZZLES if row % swizzle == 0)
 
 
 def choose_width(columns: int, widths: tuple[int, ...], extra: int = TILE_COST) -> int:

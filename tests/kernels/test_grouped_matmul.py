@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import mosaic_gpu, pipeline_mosaic_gpu
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, choose_swizzle, choose_width, plan_tiles
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, choose_width, plan_tiles
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Largest error over the largest magnitude of the float64 loop; measured 5.7e-7, 7.3e-3 (8.0e-3 by the kernels on an
@@ -125,19 +125,16 @@ def test_wrong_arguments_are_named():
 
 def test_the_kernels_say_what_they_do_not_serve():
     x, w = jnp.zeros((8, 128), jnp.bfloat16), jnp.zeros((2, 128, 200), jnp.bfloat16)
-    assert "D=128 and F=200 must be multiples of 16" in mosaic_gpu.unserved(x, w)
     assert "got float32" in mosaic_gpu.unserved(x.astype(jnp.float32), w)
-    assert mosaic_gpu.unserved(x, w[..., :192]) is None
+    assert mosaic_gpu.unserved(x, w) is None
     if jax.default_backend() == "cpu":
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
             grouped_matmul(x, w, jnp.zeros(2, jnp.int32), implementation="mosaic_gpu")
 
 
 def test_tiles_cover_the_columns_with_little_waste():
-    widths = [choose_width(columns, (128, 192, 256)) for columns in (128, 384, 928, 1024, 1216)]
+    widths = [choose_width(columns, (128, 192, 256)) for columns in (128, 384, 960, 1024, 1216)]
     assert widths == [128, 192, 192, 256, 256]
-    swizzles = [choose_swizzle("bfloat16", *widths) for widths in ((1024, 512), (1216, 928), (1776, 1024))]
-    assert swizzles == [128, 64, 32]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -174,8 +171,8 @@ def interpreted(monkeypatch):
     ("op", "case", "inner", "outer"),
     [
         ("matmul", "empty_groups", 128, 256),
-        ("swiglu", "rows_left_over", 96, 160),  # the last tiles and the last step reach beyond the arrays
-        pytest.param("matmul", "rows_left_over", 208, 96, marks=pytest.mark.slow),
+        ("swiglu", "rows_left_over", 72, 160),  # filled up to 128 and 192; the last tiles reach beyond that
+        pytest.param("matmul", "rows_left_over", 224, 96, marks=pytest.mark.slow),
         pytest.param("matmul", "one_takes_all", 128, 256, marks=pytest.mark.slow),
         pytest.param("swiglu", "rows_left_over", 128, 256, marks=pytest.mark.slow),
         pytest.param("swiglu", "empty_groups", 128, 256, marks=pytest.mark.slow),
@@ -221,7 +218,7 @@ def test_the_kernels_on_the_card(op, dtypes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("widths", [(1216, 928), (64, 352), (208, 1024)], ids=str)  # 64-byte layouts, and 32-byte ones
+@pytest.mark.parametrize("widths", [(1216, 928), (64, 352), (224, 1024)], ids=str)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_widths_that_tiles_do_not_divide_on_the_card(op, widths):
     sizes = tuple(np.random.default_rng(1).multinomial(1000, np.random.default_rng(2).dirichlet(np.full(7, 0.5))))
