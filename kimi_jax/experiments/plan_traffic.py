@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from kimi_jax.config.mixer import MlaMixer, ShortConv
 from kimi_jax.config.model import MoeFfn
@@ -16,7 +17,6 @@ from kimi_jax.parallel.rules import RULES, spec
 from kimi_jax.train.state import Recipe
 from kimi_jax.types import PyTree
 
-ACTIVATION_BYTES = 2  # per element that travels: bfloat16
 GRADIENT_AXES = RULES["batch"] + RULES["tokens"]  # over which parts of a batch lie, so that gradients are summed
 
 
@@ -57,18 +57,23 @@ def seconds(traffic: Traffic, hardware: Hardware, mesh_shape: Mapping[str, int])
     return traffic.sent_bytes / hardware.bytes_per_s(size, stride)
 
 
-def passes(cfg: RunConfig) -> tuple[int, int]:
-    """(forward, backward) passes over the blocks per microbatch: what is recomputed runs forward twice."""
-    return (1 if isinstance(cfg.train.remat, NoRemat) else 2), 1
+def activation_bytes(cfg: RunConfig) -> int:
+    """Per element that travels."""
+    return jnp.dtype(cfg.model.dtype).itemsize
+
+
+def recomputes(cfg: RunConfig) -> bool:
+    """Whether the backward pass runs blocks forward once more."""
+    return not isinstance(cfg.train.remat, NoRemat)
 
 
 # ------------------------------------------------------------------ parameters
 def _parameters(recipe: Recipe, params: PyTree, mesh) -> Iterator[Traffic]:
-    """Gathered before they are used, in the backward pass once more; gradients are summed where the parameter lies.
+    """Gathered in the forward and once more in the backward pass; gradients are summed where the parameter lies.
 
     Over axes that cut the batch but not the parameter its gradient is summed on all devices.
     """
-    times, (forward, backward) = recipe.cfg.train.grad_accum, passes(recipe.cfg)
+    times = recipe.cfg.train.grad_accum
     is_axes = lambda x: isinstance(x, tuple)
     for leaf, axes in zip(jax.tree.leaves(params), jax.tree.leaves(recipe.logical_axes, is_leaf=is_axes), strict=True):
         cuts = spec(axes, leaf.shape, mesh)
@@ -76,11 +81,11 @@ def _parameters(recipe: Recipe, params: PyTree, mesh) -> Iterator[Traffic]:
         home = {name for name, part in zip(axes, cuts, strict=True) if name == "experts" and part}
         gathered = [a for a in GRADIENT_AXES if a in cut and not (home and a in RULES["experts"])]
         whole = leaf.size / math.prod(mesh.shape[a] for a in cut if a not in gathered)
-        item = min(leaf.dtype.itemsize, ACTIVATION_BYTES) if leaf.ndim > 1 else leaf.dtype.itemsize
+        item = min(leaf.dtype.itemsize, activation_bytes(recipe.cfg)) if leaf.ndim > 1 else leaf.dtype.itemsize
         n = math.prod(mesh.shape[a] for a in gathered)
         if n > 1:
             share = whole * (n - 1) / n
-            yield Traffic(tuple(gathered), "parameters, gathered", times * (forward + backward) * share * item)
+            yield Traffic(tuple(gathered), "parameters, gathered", times * 2 * share * item)
             yield Traffic(tuple(gathered), "gradients, scattered", times * share * leaf.dtype.itemsize)
         copies = tuple(a for a in GRADIENT_AXES if a not in cut and mesh.shape[a] > 1)
         c = math.prod(mesh.shape[a] for a in copies)
@@ -105,24 +110,25 @@ def _tensor(cfg: RunConfig, mesh) -> Iterator[Traffic]:
     n = mesh.shape["tensor"]
     if n == 1:
         return
-    forward, backward = passes(cfg)
-    sums = 2 * cfg.model.num_layers * (forward + backward) + 2
-    size = local_tokens(cfg, mesh) * cfg.model.model_dim * ACTIVATION_BYTES
+    sums = 2 * cfg.model.num_layers * (2 + recomputes(cfg)) + 2
+    size = local_tokens(cfg, mesh) * cfg.model.model_dim * activation_bytes(cfg)
     yield Traffic(("tensor",), "activations, summed", cfg.train.grad_accum * sums * 2 * size * (n - 1) / n)
 
 
 def _experts(cfg: RunConfig, mesh) -> Iterator[Traffic]:
-    """Tokens go to the devices of their experts and one row comes back, backward their gradients."""
+    """Tokens go to the devices of their experts and one row comes back, backward their gradients.
+
+    What is recomputed sends the tokens once more, but needs no results.
+    """
     n = mesh.shape["expert"]
     if n == 1 or not isinstance(cfg.model.ffn, MoeFfn):
         return
     ffn, m = cfg.model.ffn, local_tokens(cfg, mesh)
     slots = n * min(m, ffn.capacity * m * ffn.top_k / n)
-    row = ACTIVATION_BYTES * cfg.model.model_dim
+    row = activation_bytes(cfg) * cfg.model.model_dim
     numbers = ffn.top_k * (4 + 4)  # of experts and their weights
     layers = sum(isinstance(kind, MoeFfn) for _, kind in layer_kinds(cfg.model))
-    forward, backward = passes(cfg)
-    sent = slots * (n - 1) / n * (forward * (2 * row + numbers) + backward * (2 * row + numbers / 2))
+    sent = slots * (n - 1) / n * (4 * row + 1.5 * numbers + recomputes(cfg) * (row + numbers))
     yield Traffic(("expert",), "tokens, to their experts and back", cfg.train.grad_accum * layers * sent)
 
 
@@ -133,18 +139,18 @@ def _context(cfg: RunConfig, mesh) -> Iterator[Traffic]:
         return
     tokens = local_tokens(cfg, mesh)
     rows = tokens * c / cfg.data.seq_len
-    times = cfg.train.grad_accum * sum(passes(cfg))
+    times = cfg.train.grad_accum * (2 + recomputes(cfg))
     for mixer, _ in layer_kinds(cfg.model):
         heads = lambda number: number / (mesh.shape["tensor"] if number % mesh.shape["tensor"] == 0 else 1)
         if isinstance(mixer, MlaMixer):
             latents = tokens * c * (mixer.latent_dim + mixer.rope_dim)
             queries = tokens * heads(mixer.num_heads) * (mixer.query_dim + mixer.value_dim)
-            sent = ACTIVATION_BYTES * (c - 1) / c * (latents + queries)
+            sent = activation_bytes(cfg) * (c - 1) / c * (latents + queries)
             yield Traffic(("context",), "latents, queries and results", times * sent)
             continue
         H, HV, K, V = heads(mixer.num_heads), heads(mixer.value_heads), mixer.key_dim, mixer.value_dim
         sent = 4 * (c - 1) * HV * K * (K + V)
         if isinstance(mixer.conv, ShortConv):
             channels = 2 * H * K + HV * V
-            sent += ACTIVATION_BYTES * (c - 1) * (mixer.conv.width - 1) * channels
+            sent += activation_bytes(cfg) * (c - 1) * (mixer.conv.width - 1) * channels
         yield Traffic(("context",), "states and last inputs", times * rows * sent)

@@ -139,7 +139,7 @@ grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _pad(x):
-    """Rows in whole steps, at least a tile of them: what is added lies behind the last group. Columns in whole layouts."""
+    """Fills up rows to whole steps, at least a tile of them, behind the last group; columns to whole layouts."""
     rows = max(ROWS, -(-x.shape[0] // ALIGNMENT) * ALIGNMENT)
     return _fill(x, rows, *map(_whole, x.shape[1:]))
 
