@@ -10,6 +10,8 @@ class Evaluation(Config):
 
     data: DataConfig | None = None
     """Its validation examples are taken; unset: those of the run."""
+    seq_len: PositiveInt | None = None
+    """Tokens per example; unset: those of the data."""
     every: PositiveInt = 1
     """Validations of the run from one to the next; the last step always has one."""
     batches: PositiveInt = 4

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.config.data import DataConfig
 from kimi_jax.config.evaluation import Evaluation
+from kimi_jax.config.load import validate
 from kimi_jax.config.train import RunConfig
 from kimi_jax.data.pipeline import Batch, Dataset, build_dataset
 from kimi_jax.errors import UserError
@@ -118,13 +120,21 @@ def open_measurements(cfg: RunConfig, data: Dataset) -> list[Measurement]:
     share = {"process_index": data.process_index, "process_count": data.process_count}
     for name, evaluation in cfg.train.evaluations.items():
         rows = evaluation.batch_size or cfg.train.batch_size
-        own = evaluation.data is None and rows == cfg.train.batch_size
-        opened = data if own else build_dataset(evaluation.data or cfg.data, batch_size=rows, **share)
+        source = _source(cfg, name, evaluation)
+        own = source == cfg.data and rows == cfg.train.batch_size
+        opened = data if own else build_dataset(source, batch_size=rows, **share)
         if opened.vocab_size > cfg.model.vocab_size:
             rule = f"its data has {opened.vocab_size} different tokens, model.vocab_size is {cfg.model.vocab_size}"
             raise UserError(f"train.evaluations.{name}: {rule}")
         found.append(Measurement(name, evaluation, opened))
     return found
+
+
+def _source(cfg: RunConfig, name: str, evaluation: Evaluation) -> DataConfig:
+    source = evaluation.data or cfg.data
+    if evaluation.seq_len is None:
+        return source
+    return validate(source.model_dump() | {"seq_len": evaluation.seq_len}, type(source), source=f"evaluation {name}")
 
 
 class Evaluator:

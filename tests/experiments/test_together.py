@@ -23,7 +23,7 @@ TOLERANCE = 5e-6
 
 def make(peak_lr: float, seed: int = 0, **train_keys) -> RunConfig:
     mla = {"kind": "mla", "num_heads": 1, "nope_dim": 8, "rope_dim": 8, "value_dim": 8, "latent_dim": 8}
-    long = {"data": {"kind": "palindrome", "seq_len": 32, "num_symbols": 8}, "batches": 1, "by_position": True}
+    long = {"seq_len": 32, "batches": 1, "by_position": True}
     model = {"vocab_size": 16, "model_dim": 16, "num_layers": 1, "pattern": ["mla"], "mixers": {"mla": mla}}
     return RunConfig.model_validate(
         {
