@@ -28,7 +28,7 @@ ALLOWED = {
     "parallel": {*BASE, "layers", "kernels"},
     "models": {*BASE, "layers", "parallel"},
     "data": BASE,
-    "train": {*BASE, "layers", "models", "parallel", "data"},
+    "train": {*BASE, "layers", "models", "parallel", "data", "kernels"},
     "generate": {*BASE, "layers", "models", "parallel", "data", "interop", "train", "kernels"},
     "interop": {*BASE, "layers", "models", "parallel", "data", "train"},
     "experiments": {*BASE, "models", "parallel", "data", "train", "generate", "interop", "kernels"},

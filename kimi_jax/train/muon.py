@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,11 @@ from jaxtyping import Array, Float
 from kimi_jax.parallel.matrices import HERE, Layout, collect, give_back, layout_of, whole_shape
 from kimi_jax.parallel.rules import spec
 from kimi_jax.types import PyTree
+from pallas_kernels.symmetric_matmul import apply, gram, multiply, quadratic
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a, b, c of X <- a X + b (X X^T) X + c (X X^T)^2 X
+RUNS = 2, 3  # steps of the first run and of the later ones; in one run of five, errors reach a tenth
+SMALL_SIDE = 128  # below, products cost next to nothing, and the kernels' tiles would be mostly empty
 NORM_FLOOR = 1e-7
 SMALL_STACK = 2**24  # elements; larger stacks fill a device by themselves, and putting them together costs a copy
 
@@ -38,15 +41,20 @@ class Matrix:
 
 
 def orthogonalize(
-    x_RC: Float[Array, "N R C"], *, steps: int = 5, dtype: jnp.dtype = jnp.bfloat16, layout: Layout = HERE
+    x_NRC: Float[Array, "N R C"], *, steps: int = 5, dtype: jnp.dtype = jnp.float16, layout: Layout = HERE
 ) -> Float[Array, "N R C"]:
     """Moves the singular values of each matrix close to 1 (they end up in about 0.7 to 1.2) by Newton-Schulz steps.
 
+    Each step multiplies X by a I + b R + c R^2, R = X X^T, or X^T X of tall matrices. All of these commute, so R of the
+    next step and the product of the factors come from products of small symmetric matrices, and X is multiplied once
+    for several steps. Rounding errors of R below its smallest eigenvalues grow by up to a^2 per step: `RUNS` says after
+    how many R is computed from X again.
+
     Args:
-      x_RC: matrices, float32, or this device's parts of them.
+      x_NRC: matrices, float32, or this device's parts of them.
       steps: quintic steps, >= 1.
-      dtype: of the matrix products, and of what travels for them; bfloat16 as in Moonlight on every device, float32
-        only to check the arithmetic.
+      dtype: of the matrix products, and of what travels for them. No number leaves the range of float16, which errs an
+        eighth as much as bfloat16; float32 only to check the arithmetic.
       layout: where the other parts are; every device then does the products of some whole matrices.
 
     Returns:
@@ -54,25 +62,34 @@ def orthogonalize(
 
     Source: Moonlight, arXiv:2502.16982, section 2.
     """
-    squares = jnp.sum(jnp.square(x_RC), axis=(-2, -1), keepdims=True)
+    squares = jnp.sum(jnp.square(x_NRC), axis=(-2, -1), keepdims=True)
     norm = jnp.sqrt(lax.psum(squares, layout.cuts) if layout.cuts else squares)
-    x = collect((x_RC / (norm + NORM_FLOOR)).astype(dtype), layout)
-    for _ in range(steps):
-        x = _refine(x)
-    return give_back(x, layout, x_RC.shape[0]).astype(jnp.float32)
+    x = collect((x_NRC / (norm + NORM_FLOOR)).astype(dtype), layout)
+    implementation = "auto" if min(x.shape[1:]) >= SMALL_SIDE else "xla"
+    for run in _cut(steps):
+        x = _refine(x, run, implementation)
+    return give_back(x, layout, x_NRC.shape[0]).astype(jnp.float32)
 
 
-def _refine(x: Float[Array, "N R C"]) -> Float[Array, "N R C"]:
-    """One step, from the smaller Gram matrix; its three terms are one factor, so that nothing as large as x is added.
+def _cut(steps: int) -> Iterator[int]:
+    """Lengths of the runs that steps are taken in."""
+    first, later = RUNS
+    yield min(first, steps)
+    for done in range(first, steps, later):
+        yield min(later, steps - done)
 
-    Neither side is transposed in memory: the products contract what they need.
-    """
+
+def _refine(x: Float[Array, "N R C"], steps: int, implementation: str) -> Float[Array, "N R C"]:
+    """Several steps with one multiplication of x."""
     a, b, c = QUINTIC
-    wide = x.shape[-2] <= x.shape[-1]
-    gram = jnp.einsum("...ik,...jk->...ij" if wide else "...ki,...kj->...ij", x, x)
-    square, eye = gram @ gram, jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
-    factor = (a * eye + b * gram.astype(jnp.float32) + c * square.astype(jnp.float32)).astype(x.dtype)
-    return factor @ x if wide else x @ factor
+    times = functools.partial(multiply, implementation=implementation)
+    r, product = gram(x, implementation=implementation), None
+    for step in range(steps):
+        factor = quadratic(r, a=a, b=b, c=c, implementation=implementation)
+        product = factor if product is None else times(product, factor)
+        if step + 1 < steps:
+            r = times(times(r, factor), factor)
+    return apply(product, x, implementation=implementation)
 
 
 def scale_by_muon(
@@ -82,7 +99,7 @@ def scale_by_muon(
     steps: int,
     update_rms: float,
     logical_axes: PyTree | None = None,
-    dtype: jnp.dtype = jnp.bfloat16,
+    dtype: jnp.dtype = jnp.float16,
 ) -> optax.GradientTransformation:
     """Turns gradients into Moonlight's update directions, without learning rate and weight decay.
 

@@ -29,14 +29,14 @@ SHAPES = {
     "experts": (3, 4, 32, 16),
     "norm": (32,),
 }
-TOLERANCE = 5e-3  # of the largest element; measured 0: only a norm is summed in another order, and bfloat16 hides it
-# Number of collectives and bytes of their results per device (XLA on a CPU moves bfloat16 as float32): norms, matrices
-# on their way to the device that has them whole, and back.
+TOLERANCE = 1e-2  # of the largest element; measured 4.7e-3: a norm is summed in another order, products are float16
+# Number of collectives and bytes of their results per device: norms, matrices on their way to the device that has them
+# whole, and back.
 MOST = {
-    "fsdp=4,tensor=2": {"all-reduce": (2, 88), "all-to-all": (16, 73728)},
-    "data=2,fsdp=2,expert=2": {"all-reduce": (2, 64), "all-to-all": (8, 36864), "all-gather": (4, 36864)},
-    "expert=4,context=2": {"all-reduce": (1, 40), "all-to-all": (6, 28672), "all-gather": (4, 36864)},
-    "data=8": {"all-gather": (3, 147456)},
+    "fsdp=4,tensor=2": {"all-reduce": (2, 88), "all-to-all": (16, 36864)},
+    "data=2,fsdp=2,expert=2": {"all-reduce": (2, 64), "all-to-all": (8, 18432), "all-gather": (4, 18432)},
+    "expert=4,context=2": {"all-reduce": (1, 40), "all-to-all": (6, 14336), "all-gather": (4, 18432)},
+    "data=8": {"all-gather": (3, 73728)},
 }
 
 multi_device = pytest.mark.multi_device
@@ -82,8 +82,8 @@ def test_updates_equal_those_of_one_device(one_device, name):
 
 
 COLLECTIVE = re.compile(r"= (?P<results>.*?) (?P<kind>all-reduce|all-gather|all-to-all|reduce-scatter)(-start)?\(")
-ARRAY = re.compile(r"(f32|bf16|s32)\[([\d,]*)\]")
-BYTES = {"f32": 4, "bf16": 2, "s32": 4}
+ARRAY = re.compile(r"(f32|f16|s32)\[([\d,]*)\]")
+BYTES = {"f32": 4, "f16": 2, "s32": 4}
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:

@@ -66,7 +66,7 @@ def _moonlight_step(weight, grad, buffer, lr, cfg):
     return weight, buffer
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-4), (jnp.bfloat16, 2e-1)])  # measured 1.7e-5, 5.9e-2
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-4), (jnp.float16, 2e-2)])  # measured 1.7e-5, 6.1e-3
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (12, 12)])
 def test_three_steps_equal_moonlights(shape, dtype, tolerance):
     rng = np.random.default_rng(1)
@@ -136,8 +136,8 @@ def test_stacked_equals_separate(name):
     stacked = jax.jit(functools.partial(first_update, axes))(params, grads)
     separate = jax.jit(functools.partial(first_update, axes[matrix.batch :]))
     for index in np.ndindex(*shape[: matrix.batch]):
-        # bfloat16 products may be rounded once more in one program than in the other: 3.3e-2 measured, of RMS 0.4
-        np.testing.assert_allclose(stacked[index], separate(params[index], grads[index]), atol=6e-2)
+        # float16 products may be rounded once more in one program than in the other; measured 0
+        np.testing.assert_allclose(stacked[index], separate(params[index], grads[index]), atol=2e-3)
 
 
 def test_adamw_part_equals_optax():
@@ -177,7 +177,7 @@ def test_the_state_of_bfloat16_parameters_is_bfloat16_and_the_arithmetic_is_not(
     want, _ = jax.jit(optimizer.update)(widen(grads), optimizer.init(wide), widen(params))
     for got, exact in zip(jax.tree.leaves(updates), jax.tree.leaves(want), strict=True):
         assert got.dtype == jnp.float32
-        np.testing.assert_allclose(got, exact, rtol=1e-6)
+        np.testing.assert_allclose(got, exact, rtol=5e-6)  # measured 1.1e-6
 
 
 def test_stochastic_rounding_is_fair_and_exact_where_it_can_be():
