@@ -67,6 +67,7 @@ def chunk_kda(
     """Runs the gated delta rule over a whole sequence.
 
     Per value head: S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T and o_t = scale S_t^T q_t.
+    Without `initial_state` tokens may be cut over devices, which hand the state on (`pallas_kernels.partition`).
 
     Args:
       q, k: queries and keys, bfloat16, float16 or float32.
