@@ -1,5 +1,6 @@
 """Symmetric products on Hopper: tiles on and below the diagonal are computed, and those below stored twice."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -168,7 +169,7 @@ def _multiply(
         work = Work(describe, load, multiply_step, finish, pieces if terms else 0)
         run_tiles(work, jnp.int32(x.shape[0] * tiles), [(HEIGHT, width)], full, empty)
 
-    buffer = lambda *shape: swizzled(*shape, dtype=dtype, swizzle=PIECE * jnp.dtype(dtype).itemsize)
+    buffer = functools.partial(swizzled, dtype=dtype)
     scratch = [
         buffer(stages, *((DEPTH, ROWS) if left_t else (ROWS, DEPTH))),
         buffer(stages, *((width, DEPTH) if right_t else (DEPTH, width))),

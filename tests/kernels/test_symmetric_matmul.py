@@ -76,6 +76,14 @@ def test_every_tile_once(symmetric, expected):
     assert all(0 <= row < 5 and inside(row, column) for _, row, column in found)
 
 
+@pytest.mark.parametrize("name", api.IMPLEMENTATIONS)
+def test_the_kernel_can_be_traced(name):
+    x, r = (jax.ShapeDtypeStruct((2, *sides), jnp.float16) for sides in ((192, 320), (192, 192)))
+    arguments = {"gram": (x,), "multiply": (r, r), "quadratic": (r,), "apply": (r, x)}[name]
+    run = functools.partial(getattr(mosaic_gpu, name), **(TERMS if name == "quadratic" else {}))
+    assert jax.eval_shape(run, *arguments) == (x if name == "apply" else r)
+
+
 def test_what_the_kernel_refuses():
     x = jnp.zeros((2, 100, 128), jnp.float16)
     assert "multiples of 64, got 100 x 128" in mosaic_gpu.unserved(x)
