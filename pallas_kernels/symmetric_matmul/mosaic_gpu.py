@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.batching import by_rows
 from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
     HEIGHT,
     Work,
@@ -90,7 +91,12 @@ def describe_tiles(down: int, across: int, steps: int, *, symmetric: bool):
     return describe, number_of
 
 
-def _multiply(
+def _multiply(x: Float[Array, "N ..."], y: Float[Array, "N ..."], **settings) -> Float[Array, "N M P"]:
+    """See `_multiply_stacks`."""
+    return by_rows(functools.partial(_multiply_stacks, **settings))(x, y)
+
+
+def _multiply_stacks(
     x: Float[Array, "N ..."],
     y: Float[Array, "N ..."],
     *,

@@ -17,6 +17,7 @@ from pallas_kernels.kda import api as kda
 from pallas_kernels.mla import api as mla
 from pallas_kernels.short_conv import api as short_conv
 from pallas_kernels.ssd import api as ssd
+from pallas_kernels.symmetric_matmul import mosaic_gpu as symmetric_matmul
 from pallas_kernels.testing import assert_all_close, generator
 
 MODELS = 3
@@ -222,6 +223,13 @@ def _check_decoding(implementation):
 
 def test_models_decode_together():
     _check_decoding("reference")
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64)])
+def test_stacks_of_matrices_of_all_models_are_one_stack(shape):
+    x = jax.ShapeDtypeStruct((MODELS, 2, *shape), jnp.bfloat16)
+    gram = jax.jit(jax.vmap(symmetric_matmul.gram)).trace(x).lower(lowering_platforms=("cuda",))
+    assert gram.as_text().count("@mosaic_gpu") == 1
 
 
 # ---------------------------------------------------------------- on a GPU
