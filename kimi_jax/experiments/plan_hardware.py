@@ -58,15 +58,16 @@ class Hardware:
         """Per GPU."""
         return USABLE * self.gpu.memory_bytes
 
-    def bytes_per_s(self, size: int, stride: int) -> float:
-        """What each of `size` GPUs, every `stride`-th, sends at most in a ring.
+    def neighbours(self, size: int, stride: int) -> int:
+        """How many of `size` GPUs, every `stride`-th, share a host."""
+        return min(size, max(1, self.gpu.per_host // stride))
 
-        Those of one host share its network adapters, one of which belongs to each GPU that takes part.
-        """
-        if size * stride <= self.gpu.per_host:
+    def ring_bytes_per_s(self, size: int, stride: int) -> float:
+        """What each of these GPUs sends at most in a ring; those of one host use all their network adapters for it."""
+        near = self.neighbours(size, stride)
+        if near == size:
             return self.gpu.link_bytes_per_s
-        neighbours = max(1, self.gpu.per_host // stride)
-        return min(self.gpu.link_bytes_per_s, neighbours * self.gpu.network_bytes_per_s)
+        return min(self.gpu.link_bytes_per_s, near * self.gpu.network_bytes_per_s)
 
 
 def read_hardware(text: str) -> Hardware:

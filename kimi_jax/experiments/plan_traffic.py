@@ -28,11 +28,13 @@ class Traffic:
       axes: of the mesh.
       what: travels.
       sent_bytes: by each device per step.
+      direct: to every other device something else (all-to-all), not round a ring.
     """
 
     axes: tuple[str, ...]
     what: str
     sent_bytes: float
+    direct: bool = False
 
 
 def count_traffic(recipe: Recipe, params: PyTree, mesh: jax.sharding.AbstractMesh) -> list[Traffic]:
@@ -44,8 +46,8 @@ def count_traffic(recipe: Recipe, params: PyTree, mesh: jax.sharding.AbstractMes
     cfg, sums = recipe.cfg, collections.defaultdict(float)
     kinds = [*_parameters(recipe, params, mesh), *_tensor(cfg, mesh), *_experts(cfg, mesh), *_context(cfg, mesh)]
     for traffic in kinds:
-        sums[traffic.axes, traffic.what] += traffic.sent_bytes
-    return [Traffic(*key, size) for key, size in sums.items() if size]
+        sums[traffic.axes, traffic.what, traffic.direct] += traffic.sent_bytes
+    return [Traffic(axes, what, size, direct) for (axes, what, direct), size in sums.items() if size]
 
 
 def seconds(traffic: Traffic, hardware: Hardware, mesh_shape: Mapping[str, int]) -> float:
@@ -54,7 +56,12 @@ def seconds(traffic: Traffic, hardware: Hardware, mesh_shape: Mapping[str, int])
     size = math.prod(mesh_shape[axis] for axis in traffic.axes)
     last = max(names.index(axis) for axis in traffic.axes)
     stride = math.prod(mesh_shape[axis] for axis in names[last + 1 :])
-    return traffic.sent_bytes / hardware.bytes_per_s(size, stride)
+    if not traffic.direct:
+        return traffic.sent_bytes / hardware.ring_bytes_per_s(size, stride)
+    near = hardware.neighbours(size, stride)
+    outside = (size - near) / max(size - 1, 1)
+    gpu = hardware.gpu
+    return traffic.sent_bytes * max((1 - outside) / gpu.link_bytes_per_s, outside / gpu.network_bytes_per_s)
 
 
 def activation_bytes(cfg: RunConfig) -> int:
@@ -129,24 +136,26 @@ def _experts(cfg: RunConfig, mesh) -> Iterator[Traffic]:
     numbers = ffn.top_k * (4 + 4)  # of experts and their weights
     layers = sum(isinstance(kind, MoeFfn) for _, kind in layer_kinds(cfg.model))
     sent = slots * (n - 1) / n * (4 * row + 1.5 * numbers + recomputes(cfg) * (row + numbers))
-    yield Traffic(("expert",), "tokens, to their experts and back", cfg.train.grad_accum * layers * sent)
+    yield Traffic(("expert",), "tokens, to their experts and back", cfg.train.grad_accum * layers * sent, direct=True)
 
 
 def _context(cfg: RunConfig, mesh) -> Iterator[Traffic]:
-    """See `kimi_jax.parallel.context`; the backward pass sends as much as the forward pass."""
+    """See `kimi_jax.parallel.context`; the backward pass sends as much as the forward pass, and what attention reads
+    once more where it is recomputed."""
     c = mesh.shape["context"]
     if c == 1:
         return
     tokens = local_tokens(cfg, mesh)
     rows = tokens * c / cfg.data.seq_len
-    times = cfg.train.grad_accum * (2 + recomputes(cfg))
+    times = cfg.train.grad_accum * 2
     for mixer, _ in layer_kinds(cfg.model):
         heads = lambda number: number / (mesh.shape["tensor"] if number % mesh.shape["tensor"] == 0 else 1)
         if isinstance(mixer, MlaMixer):
+            share = times * activation_bytes(cfg) * (c - 1) / c * (1 + recomputes(cfg) / 2)
             latents = tokens * c * (mixer.latent_dim + mixer.rope_dim)
             queries = tokens * heads(mixer.num_heads) * (mixer.query_dim + mixer.value_dim)
-            sent = activation_bytes(cfg) * (c - 1) / c * (latents + queries)
-            yield Traffic(("context",), "latents, queries and results", times * sent)
+            yield Traffic(("context",), "latents", share * latents)
+            yield Traffic(("context",), "queries and results", share * queries, direct=True)
             continue
         H, HV, K, V = heads(mixer.num_heads), heads(mixer.value_heads), mixer.key_dim, mixer.value_dim
         sent = 4 * (c - 1) * HV * K * (K + V)
