@@ -9,7 +9,7 @@ EXTRAS ?= $(or $(INSTALLED),test)
 FIND_PYTHON := for p in $(PYTHON) python3.14 python3.13 python3.12 python3 python; do \
   if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo "$$p"; break; fi; done
 
-.PHONY: venv quickstart test lint format coverage test-slow test-multi-device test-gpu parity schema clean
+.PHONY: venv quickstart test lint format coverage test-slow test-slurm test-multi-device test-gpu parity schema clean
 
 ifneq ($(EXTRAS),$(INSTALLED))  # other extras than the installed ones: build again
 .PHONY: $(STAMP)
@@ -36,6 +36,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
+
+# a real Slurm on this machine; needs Debian's slurmctld, slurmd and slurm-client
+test-slurm: $(STAMP)
+	$(PY) -m pytest -m slow tests/slurm
 
 test-multi-device: $(STAMP)
 	JAX_NUM_CPU_DEVICES=8 $(PY) -m pytest -m multi_device

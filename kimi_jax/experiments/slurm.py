@@ -1,5 +1,6 @@
 """Training as Slurm jobs through submitit: what is asked for, and how a job that must go saves and comes back."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -32,7 +33,8 @@ class Training:
         self.command = tuple(command)
 
     def __call__(self) -> int:
-        self._process = subprocess.Popen(self.command)
+        # Slurm sends the signal that is meant for submitit to all processes of the job.
+        self._process = subprocess.Popen(self.command, preexec_fn=_ignore_submitits_signal)
         self._waiter = threading.Thread(target=self._process.wait)  # a wait that a signal handler may join, too
         self._waiter.start()
         self._waiter.join()
@@ -47,6 +49,10 @@ class Training:
         self._process.terminate()
         self._waiter.join()
         return submitit.helpers.DelayedSubmission(type(self)(self.command))
+
+
+def _ignore_submitits_signal() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def submit(
