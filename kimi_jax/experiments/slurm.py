@@ -92,10 +92,10 @@ def submit(
         executor.update_parameters(**parameters)
         with executor.batch():
             jobs = [executor.submit(Training(command)) for command in commands]
-    except RuntimeError as error:  # no srun
-        raise UserError(f"slurm: {error}") from error
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise UserError(f"slurm: sbatch refuses the job: {_last_line(str(error))}") from error
+    except RuntimeError as error:  # no srun
+        raise UserError(f"slurm: {error}") from error
     return jobs
 
 
