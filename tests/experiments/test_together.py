@@ -2,14 +2,20 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kimi_jax.config.load import dump
 from kimi_jax.config.sweep import Until
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
+from kimi_jax.experiments.sweep import load_sweep
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.loop import train
 from kimi_jax.train.metrics import read_metrics
@@ -126,3 +132,27 @@ def test_other_differences_are_refused(tmp_path):
     with pytest.raises(UserError, match=message):
         train_together([make(1e-2), make(1e-3, batch_size=8)], [tmp_path / "a", tmp_path / "b"])
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_group_goes_on(folders, tmp_path):
+    """The command, killed once a checkpoint is there, then called again."""
+    base, sweep = tmp_path / "base.yaml", tmp_path / "sweep.yaml"
+    base.write_text(dump(make(RATES[0])))
+    sweep.write_text(f"base: base.yaml\ngrid: {{optim.peak_lr: {list(RATES)}}}\ntogether: {{over: [optim.peak_lr]}}\n")
+    runs = load_sweep(sweep)
+    script = Path(__file__).parents[2] / "scripts" / "train_together.py"
+    command = [sys.executable, str(script), str(sweep), "--runs-dir", str(tmp_path / "runs"), "--group", "run"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (runs[0].directory(tmp_path / "runs").checkpoints / "4").exists():
+        assert first.poll() is None
+        time.sleep(0.002)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    assert not all(run.is_finished(tmp_path / "runs") for run in runs)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for run, folder in zip(runs, folders, strict=True):
+        assert run.is_finished(tmp_path / "runs")
+        assert_alike(losses(run.directory(tmp_path / "runs").path), losses(folder))
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "nothing to do" in again.stdout
