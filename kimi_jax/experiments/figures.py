@@ -167,7 +167,8 @@ def _draw_by_task(
             for i, label in enumerate(labels):  # all of them in each panel: one legend serves all
                 style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
                 points = lines.get(label, {})
-                axes.plot(list(points), list(points.values()), label=label, linewidth=1.5, **style)
+                sparse = max(1, len(points) // 12)
+                axes.plot(list(points), list(points.values()), label=label, linewidth=1.5, markevery=sparse, **style)
             finish(axes)
             axes.set_ylim(-0.03, 1.03)
             axes.set_title(task, color=INK, fontsize=11)
