@@ -16,6 +16,7 @@ from pallas_kernels.timing import REASONS, Row, Work, check, reason, time_compil
 
 # Error ratios against the plain JAX form: results are rounded to bfloat16; so is what the other gradients are made of.
 TOLERANCE = {"result": 0.005} | dict.fromkeys(("dx", "gate", "up", "down", "scale"), 0.01)
+PRODUCTS = ("forward", "dx", "dw", "dw rounded")
 CHOICES = 8  # rows per token, where rows are moved
 IMPLEMENTATIONS = tuple(name for name in api.IMPLEMENTATIONS if name != "reference")
 
@@ -23,7 +24,8 @@ IMPLEMENTATIONS = tuple(name for name in api.IMPLEMENTATIONS if name != "referen
 class Case(NamedTuple):
     """[rows, inner] x [groups, inner, outer]; groups of equal sizes, or with shares that are gamma(2) distributed.
 
-    bfloat16; matrices float32 where that is a matter of their gradients alone (dw), and in a SwiGLU, which rounds them.
+    bfloat16; matrices float32 where that is a matter of their gradients alone (dw; rounded: bfloat16), and in a SwiGLU,
+    which rounds them.
     """
 
     name: str
@@ -42,8 +44,9 @@ class Case(NamedTuple):
         match self.call:
             case "forward" | "dx":
                 return Work(rows_bytes(self.inner, self.outer) + 2 * matrix, product)
-            case "dw":
-                return Work(rows_bytes(self.inner, self.outer) + 4 * matrix, product)
+            case "dw" | "dw rounded":
+                item = 4 if self.call == "dw" else 2
+                return Work(rows_bytes(self.inner, self.outer) + item * matrix, product)
             case "swiglu forward":
                 return Work(rows_bytes(self.inner, self.inner) + 6 * matrix, 3 * product)
             case "swiglu forward + backward":
@@ -54,7 +57,7 @@ class Case(NamedTuple):
 def _cases() -> Iterator[Case]:
     for name, *shape in (("E64", 98304, 2048, 1024, 64), ("E256", 98304, 2048, 1024, 256)):
         for even in (True, False):
-            for call in ("forward", "dx", "dw"):
+            for call in PRODUCTS:
                 yield Case(f"{name}{'' if even else '-uneven'}", call, *shape, even)
     for call in ("swiglu forward", "swiglu forward + backward", "spread rows", "sum rows"):
         yield Case("B8-T4096-E64-top8", call, 262144, 1024, 512, 64, False)
@@ -128,7 +131,7 @@ def _product(call: str, matmul: Callable) -> Callable[..., dict[str, Array]]:
 
     def run(x, w, dy, sizes):
         y, pull = jax.vjp(lambda x, w: matmul(x, w, sizes), x, w)
-        return {"result": y if call == "forward" else pull(dy)[("dx", "dw").index(call)]}
+        return {"result": y if call == "forward" else pull(dy)[call != "dx"]}
 
     return run
 
@@ -143,7 +146,7 @@ def _peer(case: Case, name: str) -> Callable:
     def unserved(*_):
         raise NotImplementedError(f"{name} has no {case.call}")
 
-    if case.call not in ("forward", "dx", "dw"):
+    if case.call not in PRODUCTS:
         return unserved
     match name:
         case "dense":
@@ -156,7 +159,7 @@ def _peer(case: Case, name: str) -> Callable:
 def _dense(call: str, x, w, dy, sizes) -> Array:
     """As many operations with one matrix, or one group."""
     del sizes
-    if call == "dw":
+    if call.startswith("dw"):
         return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=w.dtype)
     return x @ w[0] if call == "forward" else dy @ w[0].T
 
