@@ -99,7 +99,7 @@ def _read_line(line: str, mesh_shape: Mapping[str, int]) -> Iterator[tuple[str, 
     shapes = [_shape_bytes(*shape) for shape in SHAPE.findall(found[2])]
     if start and kind == "collective-permute":
         shapes = shapes[:1]
-    elif start and kind != "all-reduce":
+    elif start and (kind != "all-reduce" or found[2].startswith("((")):
         shapes = shapes[len(shapes) // 2 :]  # behind the operands
     n, size = len(group), sum(shapes)
     if n > 1:

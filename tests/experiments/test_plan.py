@@ -127,6 +127,7 @@ ENTRY %main (p0: f32[8]) -> f32[] {
   %s = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(%z), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}
   %p = f32[10]{0} collective-permute(%q), source_target_pairs={{0,1},{1,2}}
   %a = (f32[2,2]{1,0}, f32[2,2]{1,0}) all-to-all(%u, %v), replica_groups=[4,2]<=[2,4]T(1,0)
+  %n = ((f32[10]{0}, f32[5]{0}), (f32[10]{0}, f32[5]{0})) all-reduce-start(%q, %r), replica_groups=[2,4]<=[8]
   ROOT %m = f32[100]{0} all-reduce(%q), replica_groups=[1,8]<=[8], to_apply=%sum
 }
 """
@@ -136,6 +137,7 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert read_collectives(PROGRAM, {"data": 2, "fsdp": 4}) == [
         Collective("all-gather", ("fsdp",), 3 + 1, 3 * 64 * 32 * 2 * 3 // 4 + 32 * 4 * 2 * 3 // 4),
         Collective("all-reduce", ("data", "fsdp"), 1, 2 * 400 * 7 // 8),
+        Collective("all-reduce", ("fsdp",), 1, 2 * 60 * 3 // 4),
         Collective("all-to-all", ("data",), 1, 32 // 2),
         Collective("collective-permute", ("fsdp",), 1, 40),
         Collective("reduce-scatter", ("data",), 3, 3 * 16 * 32 * 4),
