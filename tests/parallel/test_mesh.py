@@ -37,6 +37,7 @@ EVERY_LAYER = [  # KDA, Gated DeltaNet, Mamba2 and MLA, a dense block and expert
 ]
 
 multi_device = pytest.mark.multi_device
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
