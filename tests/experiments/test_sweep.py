@@ -22,6 +22,7 @@ from kimi_jax.experiments import launch
 from kimi_jax.experiments.launch import Local
 from kimi_jax.experiments.plan_sweep import batch_script, plan, plan_table
 from kimi_jax.experiments.sweep import digest, group_runs, load_sweep
+from kimi_jax.train.metrics import read_metrics
 from kimi_jax.train.run_dir import IN_USE
 from kimi_jax.train.signals import StopRequest
 
@@ -290,3 +291,48 @@ def test_a_sweep_of_real_runs(tmp_path):
     assert again.returncode == 0 and "1 finished before" in again.stdout
     dry = subprocess.run([*command, "--dry-run", "--only", "good"], capture_output=True, text=True)
     assert "0 PFLOP left" in dry.stdout, shlex.join(command)
+
+
+TINY = {
+    "model": {
+        "vocab_size": 264,
+        "model_dim": 8,
+        "num_layers": 1,
+        "pattern": ["mla"],
+        "mixers": {
+            "mla": {"kind": "mla", "num_heads": 1, "nope_dim": 4, "rope_dim": 4, "value_dim": 4, "latent_dim": 4}
+        },
+        "ffn": {"kind": "dense", "hidden_dim": 8},
+        "dtype": "float32",
+    },
+    "data": {"kind": "palindrome", "seq_len": 8},
+    "optim": {"kind": "adamw", "peak_lr": 1e-2, "schedule": {"kind": "constant"}},
+    "train": {"steps": 2, "batch_size": 2, "log_every": 1},
+}
+NUM_REAL = int(os.environ.get("KIMI_JAX_SWEEP_RUNS", "40"))
+
+
+@pytest.mark.slow
+def test_real_runs_of_a_killed_launcher_finish_once(tmp_path):
+    """The command itself: killed three times with its processes in all states, then run to the end."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    path = write(tmp_path, seeds=list(range(NUM_REAL)), base="tiny.yaml")
+    runs, runs_dir = load_sweep(path), tmp_path / "runs"
+    command = [sys.executable, "scripts/sweep.py", str(path), "--runs-dir", str(runs_dir), "--at-once", "2"]
+    finished = lambda: sum(run.is_finished(runs_dir) for run in runs)
+    for kill in range(KILLED + 1):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        enough = NUM_REAL * (kill + 1) // (KILLED + 2)
+        while kill < KILLED and finished() < enough:
+            assert process.poll() is None
+            time.sleep(0.1)
+        if kill < KILLED:
+            process.kill()
+        assert process.wait() == (-signal.SIGKILL if kill < KILLED else 0)
+    for run in runs:
+        directory = run.directory(runs_dir)
+        assert directory.log.read_text().count("finished 2 steps") == 1, run.name
+        assert [record["step"] for record in read_metrics(directory.metrics)] == [1, 2]
+    starts = [path.read_text().count("starts, 2 steps") for path in (runs_dir / "sweep").glob("*.log")]
+    print(f"{len(runs)} runs, {sum(starts)} starts")
+    assert len(starts) == NUM_REAL

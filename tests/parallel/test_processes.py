@@ -254,3 +254,16 @@ def test_an_error_that_all_meet_is_said_once(tmp_path):
     assert [code for code, _, _ in ended] == [2, 2]
     said = [line for _, _, errors in ended for line in errors]
     assert len(said) == 1 and said[0].startswith("error: train.batch_size=7: ")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
+    """Two processes, then four with a device each, then one: the examples and losses of one process."""
+    for count, steps in ((2, 3), (4, 6)):
+        with Processes(tmp_path, count, steps=steps) as run:
+            ended = run.wait()
+        assert [code for code, _, _ in ended] == [0] * count, ended
+    train(RunConfig.model_validate(TINY), run.run_dir)
+    losses = [[record["loss_nats"] for record in records] for records in (run.metrics(), alone)]
+    np.testing.assert_allclose(*losses, rtol=LOSS_TOLERANCE)
+    assert run.metrics()[-1]["total_tokens"] == alone[-1]["total_tokens"]

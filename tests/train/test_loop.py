@@ -230,3 +230,14 @@ def test_a_start_without_data_is_one_line(hybrid, changed, tmp_path):
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: ") and "nowhere: no manifest.json there" in line
+
+
+def test_data_may_move_but_not_change(hybrid, corpus, changed, whole, tmp_path):
+    copy = _copy(whole, tmp_path / "run")
+    moved = {split: str(shutil.copytree(f"{corpus}/{split}", tmp_path / split)) for split in ("train", "validation")}
+    with loop.claim(copy.path, changed(hybrid, data=moved), "auto") as (_, changes):
+        assert [change.partition(":")[0] for change in changes] == ["data.train", "data.validation"]
+    with pytest.raises(UserError, match=r"data: the validation records have hash .*, but those of this run have"):
+        train(changed(hybrid, data=moved | {"validation": moved["train"]}), copy.path)
+    with pytest.raises(UserError, match="data position: saved with content_sha256="):
+        train(changed(hybrid, data=moved | {"train": moved["validation"]}), copy.path)
