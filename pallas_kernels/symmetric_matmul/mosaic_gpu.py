@@ -42,8 +42,8 @@ def unserved(*stacks) -> str | None:
     for x in stacks:
         if x.dtype not in DTYPES:
             return f"matrices must be bfloat16 or float16, got {x.dtype}"
-        if x.shape[1] % MULTIPLE or x.shape[2] % MULTIPLE:
-            return f"sides must be multiples of {MULTIPLE}, got {x.shape[1]} x {x.shape[2]}"
+        if x.shape[1] % MULTIPLE or x.shape[2] % MULTIPLE or min(x.shape[1:]) < ROWS:
+            return f"sides must be multiples of {MULTIPLE}, at least {ROWS}, got {x.shape[1]} x {x.shape[2]}"
     return None
 
 
@@ -113,7 +113,7 @@ def _multiply_stacks(
     left_t, right_t = transposed == "left", transposed == "right"
     K, M = x.shape[1:] if left_t else x.shape[:0:-1]
     P = y.shape[1] if right_t else y.shape[2]
-    width = ROWS if symmetric or P <= ROWS else WIDE
+    width = ROWS if symmetric or P == ROWS else WIDE
     stages, pieces, dtype = STAGES[width], width // PIECE, x.dtype
     describe, tiles = describe_tiles(-(-M // ROWS), -(-P // width), -(-K // DEPTH), symmetric=symmetric)
 

@@ -10,10 +10,10 @@ import pytest
 from pallas_kernels.symmetric_matmul import api, mosaic_gpu
 
 TERMS = {"a": 3.4445, "b": -4.775, "c": 2.0315}
-# Largest difference over largest magnitude; measured on an H100: bfloat16 3.2e-3; on a CPU: float32 1.2e-6.
+# Largest difference over largest magnitude; measured on an H200: bfloat16 3.6e-3, float16 4.1e-4; on a CPU: float32 1.2e-6.
 TOLERANCE = {jnp.bfloat16: 5e-3, jnp.float16: 7e-4, jnp.float32: 5e-6}
 SHAPES = [(3, 192, 320), (3, 320, 192), (2, 128, 128)]
-GPU_SHAPES = [(3, 512, 1024), (70, 1024, 512), (5, 1024, 1024), (3, 576, 1024), (2, 1024, 64), (1, 192, 192)]
+GPU_SHAPES = [(3, 512, 1024), (70, 1024, 512), (5, 1024, 1024), (3, 576, 1024), (2, 1024, 128), (1, 192, 192)]
 
 
 def _draw(shape, dtype):
@@ -62,7 +62,7 @@ def test_plain_products(name, shape):
 def test_the_kernel(name, shape, dtype):
     got, again = _check(name, shape, dtype, "mosaic_gpu")
     np.testing.assert_array_equal(got, again)
-    if name != "apply":
+    if name in ("gram", "quadratic"):
         np.testing.assert_array_equal(got, got.swapaxes(1, 2))
 
 
@@ -86,8 +86,9 @@ def test_the_kernel_can_be_traced(name):
 
 def test_what_the_kernel_refuses():
     x = jnp.zeros((2, 100, 128), jnp.float16)
-    assert "multiples of 64, got 100 x 128" in mosaic_gpu.unserved(x)
+    assert "multiples of 64, at least 128, got 100 x 128" in mosaic_gpu.unserved(x)
     assert "got float32" in mosaic_gpu.unserved(x.astype(jnp.float32))
-    assert mosaic_gpu.unserved(x[:, :64]) is None
+    assert "got 64 x 128" in mosaic_gpu.unserved(x[:, :64])
+    assert mosaic_gpu.unserved(jnp.zeros((2, 128, 192), jnp.bfloat16)) is None
     with pytest.raises(NotImplementedError, match=r"gram: .*mosaic_gpu: "):
         api.gram(x, implementation="mosaic_gpu")
