@@ -30,7 +30,10 @@ def cache(tmp_path, monkeypatch):
 def test_the_config_comes_before_the_preset(cache, monkeypatch):
     checked = []
     monkeypatch.setattr(xla_flags, "check_xla", checked.append)
-    environment = {"XLA_FLAGS": "--xla_dump_to=dumps", "NCCL_DEBUG": "INFO"}
+    library = cache / "libnccl.so.2"
+    library.write_bytes(b"\x7fELF\0NCCL_NVLS_ENABLE\0NCCL_DEBUG\0")
+    monkeypatch.setattr(xla_flags, "find_nccl", lambda: library)
+    environment = {"XLA_FLAGS": "--xla_dump_to=dumps", "NCCL_DEBUG": "INFO", "NCCL_VERSION": "set by an image"}
     key = "xla_gpu_enable_pipelined_all_gather"
     flags = Flags(preset="overlap", xla={key: "false"}, nccl={"NCCL_DEBUG": "WARN", "NCCL_NVLS_ENABLE": "0"})
     apply(flags, environment)
