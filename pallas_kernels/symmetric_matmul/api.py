@@ -35,7 +35,7 @@ def multiply(
 ) -> Float[Array, "N S S"]:
     """Computes x y of symmetric matrices that commute, as polynomials of one matrix do, so that x y is symmetric too.
 
-    The kernel computes blocks up to the diagonal and mirrors them, so the result is as symmetric as its arguments commute.
+    The kernel computes blocks up to the diagonal and mirrors them: the result is as symmetric as its arguments commute.
     Arguments and errors as for `gram`.
     """
     return call("multiply", IMPLEMENTATIONS["multiply"], implementation, x, y)
