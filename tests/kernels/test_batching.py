@@ -23,6 +23,7 @@ from pallas_kernels.testing import assert_all_close, generator
 MODELS = 3
 SEGMENTS = np.array([[1] * 40 + [0] * 10 + [2] * 78, [1] * 128], np.int32)
 TOLERANCE = 1e-3  # measured 0 on a CPU: a model's results do not depend on how many others there are
+CARD_TOLERANCE = 5e-3  # measured 2.1e-3, latent attention: XLA rounds a 16-bit cotangent of o or leaves it, by program
 
 
 def _draw(name, *shape, dtype=jnp.bfloat16):
@@ -238,7 +239,7 @@ def test_stacks_of_matrices_of_all_models_are_one_stack(shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KERNELS)
 def test_models_together_equal_models_apart_on_the_card(name):
-    assert_all_close(*_together_and_apart(name, "mosaic_gpu"), TOLERANCE)
+    assert_all_close(*_together_and_apart(name, "mosaic_gpu"), CARD_TOLERANCE)
 
 
 @pytest.mark.gpu
