@@ -154,7 +154,8 @@ def _narrow(dw: Float[Array, "E D F"], w: Float[Array, "E D F"]) -> Float[Array,
 
 
 def _whole(columns: int) -> int:
-    return -(-columns // COLUMNS) * COLUMNS
+    """At least a tile: along an array of one layout the copy engine would drop what is to be left out elsewhere."""
+    return max(ROWS, -(-columns // COLUMNS) * COLUMNS)
 
 
 def _fill(x, *shape: int):

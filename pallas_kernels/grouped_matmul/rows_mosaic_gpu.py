@@ -1,7 +1,5 @@
 """Rows to their places on Hopper: every row is read once and written to each of its places by the copy engine."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,8 +11,7 @@ from pallas_kernels.batching import by_rows
 
 TOKENS, STAGES = 8, 4  # rows per step; steps whose rows are in shared memory
 BLOCKS = 264  # two per multiprocessor
-WIDEST_BOX, UNIT = 256, 8  # columns are cut into boxes: a copy has at most 256 entries per dimension, in 16 bytes
-LINE = 64  # entries; a row in shared memory is whole lines of 128 bytes, from which copies start
+LINE = 64  # columns; a row in shared memory is whole lines of 128 bytes, from which copies start
 WIDEST = 1536  # columns of which two blocks fit into the shared memory of a multiprocessor
 
 
@@ -23,18 +20,14 @@ def unserved(x) -> str | None:
     T, D = x.shape
     if x.dtype.itemsize != 2:
         return f"x must be bfloat16 or float16, got {x.dtype}"
-    if T % TOKENS or D % UNIT or D > 2 * WIDEST or math.prod(_boxes(D)) > 2 * WIDEST:
-        return f"x {x.shape} must have a multiple of {TOKENS} rows and of {UNIT} columns, at most {2 * WIDEST}"
+    if T % TOKENS or D % LINE or D > 2 * WIDEST:
+        return f"x {x.shape} must have a multiple of {TOKENS} rows and of {LINE} columns, at most {2 * WIDEST}"
     return None
 
 
-def _boxes(columns: int) -> tuple[int, int]:
-    """How many boxes, in whole lines, and of which width: the least room, then the fewest. The last may be empty."""
-    widths = [box for box in range(UNIT, WIDEST_BOX + 1, UNIT) if columns % box == 0]
-    whole = {box: LINE // math.gcd(LINE, box) for box in widths}
-    counts = {box: -(-columns // box // whole[box]) * whole[box] for box in widths}
-    box = min((box for box in widths if counts[box] <= WIDEST_BOX), key=lambda box: (counts[box] * box, -box))
-    return counts[box], box
+def _box(columns: int) -> int:
+    """Columns per box: a copy has at most 256 entries per dimension, in whole 16 bytes."""
+    return max(box for box in range(8, 257, 8) if columns % box == 0)
 
 
 def spread_rows(x: Float[Array, "T D"], row: Int[Array, "T k"]) -> Float[Array, "T*k D"]:
@@ -51,20 +44,19 @@ def _spread_models(x: Float[Array, "M T D"], row: Int[Array, "M T k"]) -> Float[
 
 def _spread(x, row):
     (T, D), k = x.shape, row.shape[1]
-    steps, (boxes, box) = T // TOKENS, _boxes(D)
-    blocks = min(BLOCKS if boxes * box <= WIDEST else BLOCKS // 2, steps)
+    steps, box = T // TOKENS, _box(D)
+    blocks = min(BLOCKS if D <= WIDEST else BLOCKS // 2, steps)
 
     def kernel(x, row, y, buffer, arrived):
         block = lax.axis_index("block")
         mine = lax.div(steps - block + blocks - 1, blocks)
-        every = pl.ds(0, boxes)  # empty boxes arrive as zeros and are dropped on the way out
 
         def tokens(i):
             return pl.ds((i * blocks + block) * TOKENS, TOKENS)
 
         def fetch(i):
             slot = lax.rem(i, STAGES)
-            plgpu.copy_gmem_to_smem(x.at[tokens(i), every], buffer.at[slot], arrived.at[slot])
+            plgpu.copy_gmem_to_smem(x.at[tokens(i)], buffer.at[slot], arrived.at[slot])
 
         def spread(i, _):
             slot, first = lax.rem(i, STAGES), (i * blocks + block) * TOKENS
@@ -72,8 +64,7 @@ def _spread(x, row):
             plgpu.barrier_wait(arrived.at[slot])
             for t in range(TOKENS):
                 for place in places[t]:
-                    target = y.at[pl.ds(place, 1), every]
-                    plgpu.copy_smem_to_gmem(buffer.at[slot, pl.ds(t, 1)], target, commit_group=False)
+                    plgpu.copy_smem_to_gmem(buffer.at[slot, pl.ds(t, 1)], y.at[pl.ds(place, 1)], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot of the step before is free again
 
@@ -97,7 +88,7 @@ def _spread(x, row):
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         scratch_types=[
-            plgpu.SMEM((STAGES, TOKENS, boxes, box), x.dtype),
+            plgpu.SMEM((STAGES, TOKENS, D // box, box), x.dtype),
             plgpu.Barrier(num_barriers=STAGES),
         ],
     )

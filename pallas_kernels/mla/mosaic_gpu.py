@@ -9,13 +9,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.batching import by_rows
+from pallas_kernels.hopper import refuse_device
 from pallas_kernels.mla.backward_mosaic_gpu import BLOCK_KEYS, BLOCK_QUERIES, key_gradients, query_gradient
 from pallas_kernels.mla.forward_mosaic_gpu import Result, block_keys, forward
 from pallas_kernels.mla.self_attention import join_queries, refuse_arguments, refuse_others
 from pallas_kernels.mla.spans import key_spans, query_spans
 from pallas_kernels.mla.tiles import LOG2E, ROWS, Shape
 
-CAPABILITY = "9.0"
 CHANNELS = 64  # a part of a key, and a value, is a multiple of it
 WIDEST = 192  # channels of a key or a value
 COPY_ROWS = 8  # tokens are padded to a multiple of it, which the copy engine needs
@@ -32,13 +32,7 @@ class Options(NamedTuple):
 def refuse(q_nope, q_shared, k_nope, k_shared, v, *, scale, **masks) -> str | None:
     """Refuses all but Hopper GPUs and self-attention with parts of whole tiles."""
     arrays = q_nope, q_shared, k_nope, k_shared, v
-    refusal = refuse_others(*arrays, **masks)
-    if refusal:
-        return refusal
-    capability = jax.devices()[0].compute_capability
-    if capability != CAPABILITY:
-        return f"needs compute capability {CAPABILITY} (Hopper), this GPU has {capability}"
-    return unserved(*arrays, scale=scale, **masks)
+    return refuse_device() or refuse_others(*arrays, **masks) or unserved(*arrays, scale=scale, **masks)
 
 
 def unserved(q_nope, q_shared, k_nope, k_shared, v, *, scale, **masks) -> str | None:

@@ -92,4 +92,4 @@ def _split(x: Array, axis: int) -> Array:
     """Cuts a token axis into a leading axis of blocks; the last block is filled up with padding (segment id 0)."""
     pad = -x.shape[axis] % BLOCK_T
     x = jnp.pad(x, [(0, pad if a == axis else 0) for a in range(x.ndim)])
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, BLOCK_T, *x.shape[axis + 1 :]), axis, 0)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], x.shape[axis] // BLOCK_T, BLOCK_T, *x.shape[axis + 1 :]), axis, 0)

@@ -46,7 +46,7 @@ def test_sums_are_rounded_once():
     assert sum_rows(y, jnp.arange(3)[None], "xla").item() == 258
 
 
-@pytest.mark.parametrize("columns", [D, 96])  # of 96, the last of four boxes is empty
+@pytest.mark.parametrize("columns", [D, 320])
 def test_the_kernel_in_the_interpreter(columns, monkeypatch):
     monkeypatch.setattr(rows_mosaic_gpu, "BLOCKS", 2)
     monkeypatch.setattr(rows_mosaic_gpu, "STAGES", 2)
@@ -57,7 +57,7 @@ def test_the_kernel_in_the_interpreter(columns, monkeypatch):
     np.testing.assert_array_equal(got, spread_rows(x, row, "xla"))
 
 
-@pytest.mark.parametrize("columns", [1376, 2304])
+@pytest.mark.parametrize("columns", [1216, 2304])
 def test_the_kernel_lowers_for_cuda(columns):
     x, row = jax.ShapeDtypeStruct((64, columns), jnp.bfloat16), jax.ShapeDtypeStruct((64, 8), jnp.int32)
     jax.jit(rows_mosaic_gpu.spread_rows).trace(x, row).lower(lowering_platforms=("cuda",))
@@ -66,11 +66,11 @@ def test_the_kernel_lowers_for_cuda(columns):
 def test_the_kernel_says_what_it_does_not_serve():
     assert "got float32" in rows_mosaic_gpu.unserved(jnp.zeros((8, 128)))
     assert "multiple of 8 rows" in rows_mosaic_gpu.unserved(jnp.zeros((9, 128), jnp.bfloat16))
-    assert "of 8 columns" in rows_mosaic_gpu.unserved(jnp.zeros((8, 100), jnp.bfloat16))
+    assert "of 64 columns" in rows_mosaic_gpu.unserved(jnp.zeros((8, 96), jnp.bfloat16))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("columns", [128, 1024, 1216, 1376, 2304])
+@pytest.mark.parametrize("columns", [128, 1024, 1216, 2304])
 def test_the_kernel_on_the_card(columns):
     row, _ = place_rows(draw_groups(4096), E)
     x = draw(4096, columns, dtype="bfloat16")
