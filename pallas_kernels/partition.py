@@ -50,13 +50,18 @@ def partition(run: Callable[..., Any], axes: Axes, args: tuple, kwargs: Mapping[
         return run(*args, **kwargs)
     leaves, structure = jax.tree.flatten((args, dict(kwargs)))
     labels = _label_leaves(axes, args, kwargs)
-    arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
-    parts = _choose_parts(mesh, free, [(leaves[i].shape, labels[i]) for i in arrays])
+    places: dict[tuple[int, str], list[int]] = {}  # one array given twice stays one: operators may ask
+    for i, (leaf, label) in enumerate(zip(leaves, labels, strict=True)):
+        if isinstance(leaf, (jax.Array, np.ndarray)):
+            places.setdefault((id(leaf), label), []).append(i)
+    arrays = [(leaves[at[0]], label) for (_, label), at in places.items()]
+    parts = _choose_parts(mesh, free, [(x.shape, label) for x, label in arrays])
 
     def run_part(*local):
         filled = list(leaves)
-        for i, x in zip(arrays, local, strict=True):
-            filled[i] = x
+        for at, x in zip(places.values(), local, strict=True):
+            for i in at:
+                filled[i] = x
         local_args, local_kwargs = jax.tree.unflatten(structure, filled)
         axis = {"axis": parts["T"][0]} if axes.exchanges and parts["T"] else {}
         results = run(*local_args, **local_kwargs, **axis)
@@ -66,12 +71,12 @@ def partition(run: Callable[..., Any], axes: Axes, args: tuple, kwargs: Mapping[
 
     cut = jax.shard_map(
         run_part,
-        in_specs=tuple(_spec(labels[i], parts) for i in arrays),
+        in_specs=tuple(_spec(label, parts) for _, label in arrays),
         out_specs=jax.tree.map(lambda label: _spec(label.partition("^")[0], parts), axes.results),
         axis_names=set(free),
         check_vma=False,  # kernels do not say over which axes their results vary
     )
-    return cut(*(leaves[i] for i in arrays))
+    return cut(*(x for x, _ in arrays))
 
 
 def _label_leaves(axes: Axes, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
@@ -89,7 +94,7 @@ def _choose_parts(
         sizes = [shape[label.index(letter)] for shape, label in arrays if letter in label]
         divisible, taken, number = functools.reduce(math.gcd, sizes, 0), [], 1
         for name in names:
-            if name in free and divisible % (number * mesh.shape[name]) == 0:
+            if name in free and mesh.shape[name] > 1 and divisible % (number * mesh.shape[name]) == 0:
                 taken.append(name)
                 number *= mesh.shape[name]
         parts[letter] = tuple(taken)
