@@ -70,6 +70,9 @@ class ModelConfig(Config):
     """Standard deviation of every projection and embedding at initialisation."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype of activations and matrix products; parameters are float32."""
+    scan_layers: bool = True
+    """Whether layers that repeat are stacked and share one compiled body. Otherwise each has arrays of its own: longer
+    to compile, and nothing is copied into stacks and out of them."""
 
     @property
     def mixer_names(self) -> tuple[str, ...]:

@@ -63,6 +63,8 @@ def plan_layout(cfg: ModelConfig) -> Layout:
     The run may start inside the pattern: the released model, K K K M six times and K K M with a dense first layer,
     gives one unrolled layer, six groups K K M K, and K M.
     """
+    if not cfg.scan_layers:
+        return unrolled(cfg)
     kinds, period = layer_kinds(cfg), len(cfg.pattern)
     best = Layout(prefix=len(kinds), group=0, repeats=0, tail=0)
     for start in range(len(kinds)):

@@ -33,6 +33,7 @@ CASES = {
 @pytest.mark.parametrize("cfg, layout", CASES.values(), ids=CASES)
 def test_plan(cfg, layout):
     assert plan_layout(cfg) == layout
+    assert plan_layout(cfg.model_copy(update={"scan_layers": False})) == unrolled(cfg)
 
 
 @pytest.mark.parametrize("cfg", [cfg for cfg, _ in CASES.values()], ids=CASES)
