@@ -29,9 +29,11 @@ def last_inputs(
     x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, number: int
 ) -> tuple[Float[Array, "B N D"], Int[Array, "B"]]:
     """The last N inputs of the last document of x, zero before its start; see `relay.entering_inputs`."""
-    B, T, _ = x.shape
-    ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    tokens, starts = ids != 0, segment_starts(ids)
+    if segment_ids is None:
+        history = jnp.zeros((x.shape[0], number, x.shape[2]), x.dtype)
+        last = jnp.concatenate([history, x[:, -number:]], axis=1)[:, -number:]
+        return last, jnp.full(x.shape[0], min(number, x.shape[1]), jnp.int32)
+    tokens, starts = segment_ids != 0, segment_starts(segment_ids)
     behind = jnp.cumsum(tokens[:, ::-1], axis=1)[:, ::-1]  # tokens from here on
     wanted = tokens[:, None] & (behind[:, None] == jnp.arange(number, 0, -1)[None, :, None])
     place = jnp.argmax(wanted, axis=2)

@@ -39,11 +39,12 @@ def chunk_ssd(
     HV, V = v.shape[2:]
     chunk = min(tile or CHUNK, T)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    valid, starts = ids != 0, segment_starts(ids)
+    starts = jnp.zeros((B, T), bool) if segment_ids is None else segment_starts(segment_ids)
 
     def clean(x):  # padding may hold anything
-        return jnp.where(valid.reshape(B, T, *(1,) * (x.ndim - 2)), x, 0)
+        if segment_ids is None:
+            return x
+        return jnp.where((segment_ids != 0).reshape(B, T, *(1,) * (x.ndim - 2)), x, 0)
 
     def split(x):  # [B, T, ...] -> [N, B, C, ...], the last chunk filled up with g = beta = 0
         x = jnp.pad(x, [(0, 0), (0, -T % chunk), *((0, 0),) * (x.ndim - 2)])
