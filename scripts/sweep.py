@@ -12,7 +12,7 @@ from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts, pos
 from kimi_jax.experiments import resources
 
 STYLES = {"finished": "green", "finished before": "dim", "failed": "red", "stopped": "yellow"}
-STYLES |= {"submitted": "green", "in the queue": "dim"}
+STYLES |= {"submitted": "green", "submitted again": "yellow", "in the queue": "dim"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +66,9 @@ def main() -> int:
 
     def report(outcome: launch.Outcome) -> None:
         style, seconds = STYLES[outcome.state], f" in {outcome.seconds:.0f} s" if outcome.seconds else ""
-        console.print(f"[{style}]{outcome.state}[/{style}]{seconds}: {escape(outcome.run.name)}", soft_wrap=True)
+        last = f" (the last job: {outcome.cause})" if outcome.state == "submitted again" and outcome.cause else ""
+        text = escape(f"{seconds}: {outcome.run.name}{last}")
+        console.print(f"[{style}]{outcome.state}[/{style}]{text}", soft_wrap=True)
 
     if arguments.launcher == "slurm":
         limit = arguments.at_once or len(units)

@@ -19,7 +19,7 @@ from kimi_jax.experiments.sweep import LOGS, Group, Run
 from kimi_jax.train.run_dir import IN_USE
 from kimi_jax.train.signals import StopRequest
 
-type State = Literal["finished before", "finished", "failed", "stopped", "submitted", "in the queue"]
+type State = Literal["finished before", "finished", "failed", "stopped", "submitted", "submitted again", "in the queue"]
 type Report = Callable[["Outcome"], None]
 type Unit = Run | Group
 """What one process trains."""

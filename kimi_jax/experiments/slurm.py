@@ -156,15 +156,16 @@ class Slurm:
         """
         present = self.queued()
         state_of = {run.name: self._state(run, present) for run in runs}
-        due = [run for run in runs if state_of[run.name] == "submitted"]
+        due = [run for run in runs if state_of[run.name].startswith("submitted")]
         folder = self.runs_dir / LOGS
         folder.mkdir(parents=True, exist_ok=True)
+        causes = {run.name: self._cause(run) for run in due}
         if due:
             commands = [run.prepare(self.runs_dir, self.train) for run in due]
             jobs = submit(commands, folder / "slurm", self.resources, name=self.runs_dir.name, at_once=self.at_once)
             for run, job in zip(due, jobs, strict=True):
                 write_whole(self._ticket(run), job.job_id)
-        outcomes = [Outcome(run, state_of[run.name]) for run in runs]
+        outcomes = [Outcome(run, state_of[run.name], cause=causes.get(run.name, "")) for run in runs]
         for outcome in outcomes:
             report(outcome)
         return outcomes
@@ -173,7 +174,16 @@ class Slurm:
         if run.is_finished(self.runs_dir):
             return "finished before"
         ticket = self._ticket(run)
-        return "in the queue" if ticket.exists() and ticket.read_text() in present else "submitted"
+        if not ticket.exists():
+            return "submitted"
+        return "in the queue" if ticket.read_text() in present else "submitted again"
+
+    def _cause(self, run: Unit) -> str:
+        """The last error line of the run's last job; empty if it has none."""
+        ticket = self._ticket(run)
+        log = self.runs_dir / LOGS / "slurm" / f"{ticket.read_text()}_0_log.err" if ticket.exists() else None
+        lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []
+        return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
 
     def _ticket(self, run: Unit) -> Path:
         """Holds the id of the job that trains a run."""

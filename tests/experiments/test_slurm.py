@@ -65,6 +65,7 @@ def test_a_job_that_must_go_saves_and_comes_back(tmp_path):
     for process in (task, *children(task)):  # Slurm signals all processes of a job
         os.kill(process, signal.SIGUSR2)
     assert job.result() == 0
+    job._process.wait()
     assert log.read_text().splitlines() == ["starts", "saved", "goes on"]
 
 
@@ -72,6 +73,7 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_failing_command_fails_the_job(tmp_path):
     from submitit.core.utils import UncompletedJobError
 
@@ -80,6 +82,7 @@ def test_a_failing_command_fails_the_job(tmp_path):
     job._results_timeout_s = 1
     with pytest.raises(UncompletedJobError, match="error: no data"):
         job.result()
+    job._process.wait()
 
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
@@ -107,11 +110,15 @@ def test_a_sweep_submits_what_is_neither_finished_nor_queued(tmp_path, monkeypat
     monkeypatch.setattr(slurm, "submit", fake)
     queue: set[str] = set()
     launcher = Slurm(runs_dir, ("python", "train.py"), Resources(5), at_once=2, queued=lambda: queue)
-    states = lambda: [outcome.state for outcome in launcher.launch(runs, StopRequest(), lambda outcome: None)]
-    assert states() == ["submitted"] * 3
+    first = launcher.launch(runs, StopRequest(), lambda outcome: None)
+    assert [outcome.state for outcome in first] == ["submitted"] * 3
     queue = {"1_0", "1_2"}
     (runs[2].directory(runs_dir).checkpoints / str(runs[2].config.train.steps)).mkdir(parents=True)
-    assert states() == ["in the queue", "submitted", "finished before"]
+    (runs_dir / "sweep" / "slurm").mkdir()
+    (runs_dir / "sweep" / "slurm" / "1_1_0_log.err").write_text("srun: ...\nerror: the data is away\nsrun: ...\n")
+    outcomes = launcher.launch(runs, StopRequest(), lambda outcome: None)
+    states_and_causes = [(outcome.state, outcome.cause) for outcome in outcomes]
+    assert states_and_causes == [("in the queue", ""), ("submitted again", "the data is away"), ("finished before", "")]
     assert submitted == [(3, 2), (1, 2)]
 
 

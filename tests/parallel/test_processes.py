@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -218,6 +219,20 @@ def test_processes_train_what_one_trains(alone, tmp_path, count):
     assert environment["process_count"] == count and len(environment["devices"]) == count
     assert sorted(path.name for path in (run.run_dir / "checkpoints").iterdir()) == ["4", "8"]
     assert not (run.run_dir / "stacks").exists()
+
+
+@pytest.mark.slow
+def test_processes_of_open_mpi_find_each_other(alone, tmp_path):
+    if not shutil.which("mpirun"):
+        pytest.skip("Open MPI is not installed: apt-get install openmpi-bin")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY))
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "scripts/train.py"]
+    command += [f"{tmp_path}/config.yaml", "--run-dir", f"{tmp_path}/run"]
+    ended = subprocess.run(command, env=os.environ | QUICK, capture_output=True, text=True, timeout=LIMIT_S)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("finished 8 steps") == 1
+    assert_same_numbers(read_metrics(tmp_path / "run" / "metrics.jsonl"), alone)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["process_count"] == 2
 
 
 @pytest.mark.slow
