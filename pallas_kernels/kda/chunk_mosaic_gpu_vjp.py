@@ -29,16 +29,18 @@ from pallas_kernels.kda.prepare_mosaic_gpu import (
 )
 from pallas_kernels.kda.reference import L2_EPS
 from pallas_kernels.kda.warp_mosaic_gpu_vjp import (
+    PART,
     add_column_sums,
     add_level,
     by_block,
     column_sums,
+    cut,
     fast_exp2,
     fast_log2,
     fast_rsqrt,
     fine_levels,
+    fine_tables,
     fold,
-    halve,
     join,
     level_pairs,
     level_triangle,
@@ -415,22 +417,19 @@ class _Chunks:
         sums = self.decay_state_terms(dq, up, down)
         self.sync(2)
         sums = lax.fori_loop(FINE, LEVELS, functools.partial(self.level, parity), sums)
-        # One half of the columns at a time: the code of both would not fit the instruction cache.
-        halves = lax.fori_loop(0, 2, functools.partial(self.fine, parity), tuple(map(halve, sums)))
-        self.finish(c, following, parity, *(join(*x) for x in halves))
+        zero = hidden_zero()
+        tables = fine_tables(*(self.r_s.at[zero + job] for job in range(2)), self.token_s(parity * NUM_WEIGHTS + BETA))
+        # Few columns at a time: the code of all would not fit the instruction cache.
+        parts = lax.fori_loop(0, SLAB // PART, functools.partial(self.fine, tables), tuple(map(cut, sums)))
+        self.finish(c, following, parity, *(join(*x) for x in parts))
         return ()
 
-    def fine(self, parity, half, sums):
-        """The levels inside 16 tokens, for the half of the columns that comes first in `sums`, and goes last."""
-        wg, zero = self.here(), hidden_zero()
-        new = fine_levels(
-            *(x.at[wg] for x in (self.g2_s, self.k16, self.q16)),
-            *(self.r_s.at[zero + job] for job in range(2)),
-            self.token_s(parity * NUM_WEIGHTS + BETA),
-            *(self.work_b.at[wg, i] for i in range(2)),
-            *(half, *(x[0] for x in sums)),
-        )
-        return tuple((x[1], y) for x, y in zip(sums, new, strict=True))
+    def fine(self, tables, part, sums):
+        """The levels inside 16 tokens, for the columns that come first in `sums`, and go last."""
+        wg = self.here()
+        tiles = [*(x.at[wg] for x in (self.g2_s, self.k16, self.q16)), *(self.work_b.at[wg, i] for i in range(2))]
+        new = fine_levels(*tiles, tables, part, *(x[0] for x in sums))
+        return tuple((*x[1:], y) for x, y in zip(sums, new, strict=True))
 
     def run(self):
         """Visits the CTA's chunks."""

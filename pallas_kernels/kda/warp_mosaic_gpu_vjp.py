@@ -11,7 +11,9 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 W = plgpu.Layout.WGMMA
 C = 64  # tokens of a chunk, columns of a tile
+PART = 16  # columns that `fine_levels` takes at a time
 ONE = 0x3C00
+_SQUARE = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 def _i32():
@@ -134,60 +136,117 @@ def _base(ref):
     return llvm.ptrtoint(_i32(), mosaic.utils.memref_ptr(ref))
 
 
-def _fine(ctx, g_ref, k_ref, q_ref, da_ref, dl_ref, beta_ref, high_ref, low_ref, half, dq, up, down):
-    add, shl, shr, and_, xor = arith.addi, arith.shli, arith.shrui, arith.andi, arith.xori
-    less = lambda a, b: arith.cmpi(arith.CmpIPredicate.slt, a, b)
-    nonzero = lambda x: arith.cmpi(arith.CmpIPredicate.ne, x, _c(0))
-    negative = lambda x: xor(x, _c(0x80008000))
-    choose = arith.select
+def _less(a, b):
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
+def _equal(a, b):
+    return arith.cmpi(arith.CmpIPredicate.eq, a, b)
+
+
+def _array(words, dtype):
+    """[64, 64] of 16-bit numbers from two in a word, by (8 columns, upper or lower 8 of the warp's rows)."""
+    kind = ir.VectorType.get((2,), {"float16": ir.F16Type, "bfloat16": ir.BF16Type}[jnp.dtype(dtype).name].get())
+    shape = W.to_mgpu().registers_shape((64, 64))
+    registers = np.asarray([mosaic.utils.bitcast(x, kind) for x in words], dtype=object).reshape(shape)
+    return mosaic.FragmentedArray(_registers=registers, _layout=W.to_mgpu(), _is_signed=None)
+
+
+def _words(array):
+    return [mosaic.utils.bitcast(x, _i32()) for x in array.registers.flat]
+
+
+def _lines(lane):
+    """Of the row that a lane addresses in an x4 load: (its number in a matrix, bits of the matrix's number)."""
+    matrix = arith.shrui(lane, _c(3))  # matrix m comes from the addresses in lanes 8m .. 8m + 7
+    return arith.andi(lane, _c(7)), arith.andi(matrix, _c(1)), arith.shrui(matrix, _c(1))
+
+
+def _address(start, token, unit):
+    """In a tile with rows of 128 bytes, their 16-byte units permuted by the row's number."""
+    unit = arith.shli(arith.xori(unit, arith.andi(token, _c(7))), _c(4))
+    return arith.addi(start, arith.addi(arith.shli(token, _c(7)), unit))
+
+
+def _tables(da_ref, dl_ref, beta_ref):
+    """What all columns have in common in `_fine`, as words: spans of levels 1, 2, 4 and the two of 8, beta of the first
+    and the second 8 tokens, left operands by level and block, and at the level of 8."""
+    add, and_, choose, zero = arith.addi, arith.andi, arith.select, _c(0)
     lane, warp, row, col = _position()
-    # Matrix m of an x4 load comes from the addresses in lanes 8m .. 8m + 7.
-    line, matrix = and_(lane, _c(7)), shr(lane, _c(3))
-    first_bit, second_bit = and_(matrix, _c(1)), shr(matrix, _c(1))
-    first_unit = shl(half.registers.item(), _c(2))  # of 8 channels each
-
-    def address(start, token, unit):  # rows of 128 bytes, their 16-byte units permuted by the row's number
-        return add(start, add(shl(token, _c(7)), shl(xor(unit, and_(token, _c(7))), _c(4))))
-
-    first_token = shl(warp, _c(4))
-
-    def load(start, group, transposed):
-        """[2 * block + tile], 8 tokens by 8 channels: a register has two channels of a token, or, transposed, two
-        tokens of a channel."""
-        token = add(first_token, add(shl(second_bit, _c(3)), line))
-        return ldmatrix(address(start, token, add(first_unit, add(first_bit, _c(2 * group)))), transposed)
+    line, first_bit, second_bit = _lines(lane)
+    first_token = arith.shli(warp, _c(4))
 
     def diagonal(ref):  # the warp's 16 x 16 block, each register two columns of a row
-        token = add(first_token, add(shl(first_bit, _c(3)), line))
-        return ldmatrix(address(_base(ref), token, add(shl(warp, _c(1)), second_bit)), False)
+        token = add(first_token, add(arith.shli(first_bit, _c(3)), line))
+        return ldmatrix(_address(_base(ref), token, add(arith.shli(warp, _c(1)), second_bit)), False)
 
-    def pair_of(predicate):  # two halves: predicate at columns col, col + 1
-        low, high = (choose(predicate(add(col, _c(x))), _c(ONE << 16 * x), _c(0)) for x in range(2))
+    def pair_of(predicate, ones=ONE):  # two halves: predicate at columns col, col + 1
+        low, high = (choose(predicate(add(col, _c(x))), _c(ones << 16 * x), zero) for x in range(2))
         return arith.ori(low, high)
 
     def span(b):
         """0/1: the decays of a row up to the end of the first block of its pair, or since; blocks of b <= 8 tokens."""
         start = and_(row, _c(-b & 0xFFFFFFFF))
-        second = nonzero(and_(row, _c(b))) if b < 8 else None
-        since = lambda t: arith.andi(less(t, add(row, _c(1))), less(add(start, _c(-1 & 0xFFFFFFFF)), t))
-        until = lambda t: arith.andi(less(row, t), less(t, add(start, _c(b))))
+        since = lambda t: and_(_less(t, add(row, _c(1))), _less(add(start, _c(-1 & 0xFFFFFFFF)), t))
+        until = lambda t: and_(_less(row, t), _less(t, add(start, _c(b))))
         if b == 8:
             return pair_of(until), pair_of(since)
-        return pair_of(lambda t: choose(second, since(t), until(t)))
+        return [pair_of(lambda t: choose(_in_second(row, b), since(t), until(t)))]
 
-    zero = _c(0)
+    def operands(n):
+        """Rows of second blocks read the keys of first ones, those the keys and queries of second ones."""
+        mask = pair_of(lambda t: _equal(arith.shrui(arith.xori(row, t), _c(n)), _c(1)), 0xFFFF)
+        for block in range(2):
+            a, l, second = and_(da[3 * block], mask), and_(dl[3 * block], mask), _in_second(row, 1 << n)
+            yield from (choose(second, a, l), choose(second, l, zero), choose(second, zero, a))
+
     da, dl = diagonal(da_ref), diagonal(dl_ref)
-    row_at = add(_base(beta_ref), shl(add(first_token, row), _c(2)))
+    row_at = add(_base(beta_ref), arith.shli(add(first_token, row), _c(2)))
     betas = [_asm("ld.shared.f32 $0, [$1];", ["r"], [add(row_at, _c(x))], "f1", True)[0] for x in (0, 32)]
-    betas = [pack(x, x) for x in betas]  # of the first and the second 8 tokens
-    bases = [_base(x) for x in (g_ref, k_ref, q_ref)]
+    spans = [x for b in (1, 2, 4, 8) for x in span(b)]
+    small = [x for n in range(3) for x in operands(n)]
+    words = [*spans, *(pack(x, x) for x in betas), *small, da[1], dl[1], dl[2], da[2]]
+    return words + [zero] * (32 - len(words))
+
+
+def _in_second(row, b):
+    return arith.cmpi(arith.CmpIPredicate.ne, arith.andi(row, _c(b)), _c(0))
+
+
+def fine_tables(da, dl, beta):
+    """For `fine_levels`: two arrays [64, 64], whose registers are all that is meant.
+
+    Args:
+      da, dl: float16 tiles [64, 64]: gradients of Aqk and of L / beta, each with its transpose above the diagonal.
+      beta: float32 [64] in shared memory.
+    """
+    array = plgpu.ShapeDtypeStruct((C, C), jnp.float16, W)
+
+    @plgpu.inline_mgpu(arg_types=(_SQUARE,) * 2 + (plgpu.RefType(),), return_type=(array,) * 2)
+    def run(_, *refs):
+        words = _tables(*refs)
+        return tuple(_array(part, jnp.float16) for part in (words[:16], words[16:]))
+
+    return tuple(plgpu.layout_cast(x, W) for x in run(da, dl, beta))
+
+
+def _fine(ctx, g_ref, k_ref, q_ref, high_ref, low_ref, first_table, second_table, part, dq, up, down):
+    add, shl, choose, zero = arith.addi, arith.shli, arith.select, _c(0)
+    negative = lambda x: arith.xori(x, _c(0x80008000))
+    lane, warp, row, col = _position()
+    line, first_bit, second_bit = _lines(lane)
+    first_unit, first_token = shl(part.registers.item(), _c(1)), shl(warp, _c(4))  # units of 8 channels each
+    words = iter(_words(first_table) + _words(second_table))
+    take = lambda n: [next(words) for _ in range(n)]
+    spans, betas, operands = take(5), take(2), [[take(3), take(3)] for _ in range(3)]
+    da, dl, dl_read, da_read = take(4)
     dq_v, up_v, down_v = (_scalars(x) for x in (dq, up, down))
     dg_v = [None] * len(dq_v)
-    at = lambda group, tile, block: 4 * (2 * group + tile) + 2 * block  # where a fragment begins in the sums
 
-    def fragments(group):
-        """Decays by channel, keys and queries by token."""
-        return [load(start, group, start is bases[0]) for start in bases]
+    # Decays by channel, keys and queries by token: [2 * block + tile], 8 tokens by 8 channels. A register has two
+    # tokens of a channel, or two channels of a token.
+    at = add(first_token, add(shl(second_bit, _c(3)), line)), add(first_unit, first_bit)
+    g, k, q = (ldmatrix(_address(_base(ref), *at), ref is g_ref) for ref in (g_ref, k_ref, q_ref))
 
     def start_decay(i, key, query, beta):
         """What the sums so far say about the running sums of the decays."""
@@ -196,26 +255,15 @@ def _fine(ctx, g_ref, k_ref, q_ref, da_ref, dl_ref, beta_ref, high_ref, low_ref,
             of_keys = fms(beta, up_v[i + x], down_v[i + x])
             dg_v[i + x] = fma(keys[x], of_keys, arith.mulf(queries[x], dq_v[i + x]))
 
-    def small_level(n):
-        """Blocks of 1, 2, 4 tokens: the decays to sum, whether the lane's row is in a second block, left operands."""
-        second = nonzero(and_(row, _c(1 << n)))
-        keep = lambda t: arith.cmpi(arith.CmpIPredicate.eq, shr(xor(row, t), _c(n)), _c(1))
-        low, high = (choose(keep(add(col, _c(x))), _c(0xFFFF << 16 * x), zero) for x in range(2))
-        mask = arith.ori(low, high)
-        operands = []
-        for block in range(2):
-            a, l = and_(da[3 * block], mask), and_(dl[3 * block], mask)
-            operands.append([choose(second, a, l), choose(second, l, zero), choose(second, zero, a), zero])
-        return span(1 << n), second, operands
-
-    def add_small(level, i, block, key, query, exponents):
-        _, second, operands = level
+    def add_small(n, i, block, key, query, exponents):
+        """The level of blocks of 2^n tokens, 1, 2 or 4."""
+        second = _in_second(row, 1 << n)
         own = [exp2(x) for x in exponents]
         factor = pack(*own)
         key, query = mul16(key, factor), mul16(query, factor)
         read = mul16(key, betas[block])
         # beta belongs to the keys that are read back: those of the second blocks
-        out = mma(operands[block], [transpose(choose(second, read, key)), transpose(query)])
+        out = mma([*operands[n][block], zero], [transpose(choose(second, read, key)), transpose(query)])
         plus, read = unpack(choose(second, query, negative(key))), unpack(read)
         for x in range(2):
             dg_v[i + x] = fma(read[x], out[2 + x], fma(plus[x], out[x], dg_v[i + x]))
@@ -223,69 +271,53 @@ def _fine(ctx, g_ref, k_ref, q_ref, da_ref, dl_ref, beta_ref, high_ref, low_ref,
             down_v[i + x] = fma_if(second, own[x], out[x], down_v[i + x], False)
             up_v[i + x] = fma(own[x], out[2 + x], up_v[i + x])
 
-    one, two = small_level(0), small_level(1)
-    for group in range(2):
-        g, k, q = fragments(group)
-        for block, tile in np.ndindex(2, 2):
-            i, m = at(group, tile, block), 2 * block + tile
-            start_decay(i, k[m], q[m], betas[block])
-            exponents = mma([one[0], two[0]], [g[m]])
-            add_small(one, i, block, k[m], q[m], exponents[:2])
-            add_small(two, i, block, k[m], q[m], exponents[2:])
-
-    four, eight = small_level(2), span(8)
-    for group in range(2):
-        g, k, q = fragments(group)
-        outer = {}
-        for block, tile in np.ndindex(2, 2):
-            m = 2 * block + tile
-            exponents = mma([four[0], eight[block]], [g[m]])
-            add_small(four, at(group, tile, block), block, k[m], q[m], exponents[:2])
-            outer[block, tile] = [exp2(x) for x in exponents[2:]]
-        for tile in range(2):  # the second 8 tokens read the first 8
-            early, late = outer[0, tile], outer[1, tile]
-            written_keys, read_keys, queries = (
-                mul16(x, pack(*factor)) for x, factor in ((k[tile], early), (k[2 + tile], late), (q[2 + tile], late))
-            )
-            read_keys = mul16(read_keys, betas[1])
-            reads = mma([da[1], dl[1]], [transpose(written_keys)])
-            written = mma([dl[2], zero, da[2], zero], [transpose(read_keys), transpose(queries)])
-            minus, plus, read = map(unpack, (negative(written_keys), queries, read_keys))
-            for x in range(2):
-                i = at(group, tile, 0) + x
-                dg_v[i] = fma(minus[x], written[x], dg_v[i])
-                down_v[i] = fma(early[x], written[x], down_v[i])
-                i = at(group, tile, 1) + x
-                dg_v[i] = fma(read[x], reads[2 + x], fma(plus[x], reads[x], dg_v[i]))
-                dq_v[i] = fma(late[x], reads[x], dq_v[i])
-                up_v[i] = fma(late[x], reads[2 + x], up_v[i])
-        for block, tile in np.ndindex(2, 2):
-            i, token = at(group, tile, block), add(first_token, add(row, _c(8 * block)))
-            high, low = split(*dg_v[i : i + 2])
-            for ref, value in ((high_ref, high), (low_ref, low)):
-                unit = add(first_unit, _c(2 * group + tile))
-                _store(add(address(_base(ref), token, unit), shl(col, _c(1))), value, "r")
+    outer = {}
+    for block, tile in np.ndindex(2, 2):
+        i, m = 4 * tile + 2 * block, 2 * block + tile  # where a fragment begins in the sums, its number
+        start_decay(i, k[m], q[m], betas[block])
+        exponents = mma(spans[:2], [g[m]]) + mma([spans[2], spans[3 + block]], [g[m]])
+        for n in range(3):
+            add_small(n, i, block, k[m], q[m], exponents[2 * n : 2 * n + 2])
+        outer[block, tile] = [exp2(x) for x in exponents[6:]]
+    for tile in range(2):  # the second 8 tokens read the first 8
+        early, late = outer[0, tile], outer[1, tile]
+        written_keys, read_keys, queries = (
+            mul16(x, pack(*factor)) for x, factor in ((k[tile], early), (k[2 + tile], late), (q[2 + tile], late))
+        )
+        read_keys = mul16(read_keys, betas[1])
+        reads = mma([da, dl], [transpose(written_keys)])
+        written = mma([dl_read, zero, da_read, zero], [transpose(read_keys), transpose(queries)])
+        minus, plus, read = map(unpack, (negative(written_keys), queries, read_keys))
+        for x in range(2):
+            i = 4 * tile + x
+            dg_v[i] = fma(minus[x], written[x], dg_v[i])
+            down_v[i] = fma(early[x], written[x], down_v[i])
+            i = 4 * tile + 2 + x
+            dg_v[i] = fma(read[x], reads[2 + x], fma(plus[x], reads[x], dg_v[i]))
+            dq_v[i] = fma(late[x], reads[x], dq_v[i])
+            up_v[i] = fma(late[x], reads[2 + x], up_v[i])
+    for block, tile in np.ndindex(2, 2):
+        i, token = 4 * tile + 2 * block, add(first_token, add(row, _c(8 * block)))
+        for ref, value in zip((high_ref, low_ref), split(*dg_v[i : i + 2]), strict=True):
+            _store(add(_address(_base(ref), token, add(first_unit, _c(tile))), shl(col, _c(1))), value, "r")
     return _rebuild(dq, dq_v), _rebuild(up, up_v), _rebuild(down, down_v)
 
 
-def fine_levels(g, k, q, da, dl, beta, high, low, half, dq, up, down):
-    """Adds the pairs of tokens inside 16-token blocks, levels 1 to 8, to the sums over 32 of a tile's 64 columns.
+def fine_levels(g, k, q, high, low, tables, part, dq, up, down):
+    """Adds the pairs of tokens inside 16-token blocks, levels 1 to 8, to the sums over 16 of a tile's 64 columns.
 
     Args:
       g, k, q: float16 tiles [64, 64] in shared memory: log2-decays, keys, queries.
-      da, dl: float16 tiles [64, 64]: gradients of Aqk and of L / beta, each with its transpose above the diagonal.
-      beta: float32 [64] in shared memory.
       high, low: bfloat16 tiles [64, 64] that get the gradient of G, as a sum of two. What the other levels say of it
         follows from the three sums; what a pair in here adds to its two tokens is built from the very operands,
         rounded, that the pair's other side is: so it cancels in the sums over later tokens.
-      half: 0 or 1, the columns.
-      dq, up, down: float32 [64, 32]: gradients of the queries, of the keys where +G and -G stand beside them.
+      tables: of `fine_tables`.
+      part: 0 to 3, the columns.
+      dq, up, down: float32 [64, 16]: gradients of the queries, of the keys where +G and -G stand beside them.
     """
-    square = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-    out = plgpu.ShapeDtypeStruct((64, 32), jnp.float32, W)
-    types = (square,) * 5 + (plgpu.RefType(),) + (square,) * 2 + (W,) * 4
-    run = plgpu.inline_mgpu(arg_types=types, return_type=(out,) * 3)(_fine)
-    return run(g, k, q, da, dl, beta, high, low, half, dq, up, down)
+    out = plgpu.ShapeDtypeStruct((C, PART), jnp.float32, W)
+    run = plgpu.inline_mgpu(arg_types=(_SQUARE,) * 5 + (W,) * 6, return_type=(out,) * 3)(_fine)
+    return run(g, k, q, high, low, *tables, part, dq, up, down)
 
 
 def _column_sums(ctx, x, out, *, add=False):
@@ -321,26 +353,6 @@ def column_sums(x, out):
 def add_column_sums(x, out):
     """`column_sums`, added to what is there."""
     plgpu.inline_mgpu(arg_types=(W, plgpu.RefType()))(functools.partial(_column_sums, add=True))(x, out)
-
-
-def _less(a, b):
-    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
-
-
-def _equal(a, b):
-    return arith.cmpi(arith.CmpIPredicate.eq, a, b)
-
-
-def _array(words, dtype):
-    """[64, 64] of 16-bit numbers from two in a word, by (8 columns, upper or lower 8 of the warp's rows)."""
-    kind = ir.VectorType.get((2,), {"float16": ir.F16Type, "bfloat16": ir.BF16Type}[jnp.dtype(dtype).name].get())
-    shape = W.to_mgpu().registers_shape((64, 64))
-    registers = np.asarray([mosaic.utils.bitcast(x, kind) for x in words], dtype=object).reshape(shape)
-    return mosaic.FragmentedArray(_registers=registers, _layout=W.to_mgpu(), _is_signed=None)
-
-
-def _words(array):
-    return [mosaic.utils.bitcast(x, _i32()) for x in array.registers.flat]
 
 
 def _triangle(ones, lower, inclusive, full):
@@ -523,22 +535,22 @@ def _like(array, registers):
     return mosaic.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
 
-def halve(x):
-    """The left and the right 32 of 64 columns."""
-    half = plgpu.ShapeDtypeStruct((64, 32), jnp.float32, W)
+def cut(x):
+    """Parts of 16 columns each."""
+    part = plgpu.ShapeDtypeStruct((C, PART), jnp.float32, W)
 
-    @plgpu.inline_mgpu(arg_types=(W,), return_type=(half, half))
+    @plgpu.inline_mgpu(arg_types=(W,), return_type=(part,) * (C // PART))
     def run(ctx, x):
-        return tuple(_like(x, part) for part in np.split(x.registers, 2, axis=1))
+        return tuple(_like(x, registers) for registers in np.split(x.registers, C // PART, axis=1))
 
     return run(x)
 
 
-def join(a, b):
-    """Undoes `halve`."""
+def join(*parts):
+    """Undoes `cut`."""
 
-    @plgpu.inline_mgpu(arg_types=(W, W), return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.float32, W))
-    def run(ctx, a, b):
-        return _like(a, np.concatenate([a.registers, b.registers], 1))
+    @plgpu.inline_mgpu(arg_types=(W,) * len(parts), return_type=plgpu.ShapeDtypeStruct((C, C), jnp.float32, W))
+    def run(ctx, *parts):
+        return _like(parts[0], np.concatenate([x.registers for x in parts], 1))
 
-    return run(a, b)
+    return run(*parts)

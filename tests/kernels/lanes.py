@@ -80,7 +80,10 @@ class Machine:
             VectorType=SimpleNamespace(get=lambda *_: None), DenseI64ArrayAttr=SimpleNamespace(get=lambda at: at[0]),
         )  # fmt: skip
         vector = SimpleNamespace(extract=lambda x, dynamic_position, static_position: x.values[:, static_position])
-        utils = SimpleNamespace(memref_ptr=lambda address: np.full(128, address, np.uint32))
+        utils = SimpleNamespace(
+            memref_ptr=lambda address: np.full(128, address, np.uint32),
+            bitcast=lambda x, kind: _registers(x.values),
+        )
         self.names = dict(
             ir=ir, vector=vector, arith=_ARITH, _asm=self.run, _store=self.store, _store_if=self.store_if,
             llvm=SimpleNamespace(ptrtoint=lambda kind, x: x, mlir_undef=lambda kind: None, insertelement=_insert),

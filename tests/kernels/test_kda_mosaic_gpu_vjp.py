@@ -74,10 +74,9 @@ def interpreted(monkeypatch):
         multiply = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
         return [sum(multiply(value(a), value(b)) for a, b in pairs) for pairs in groups]
 
-    def fine_levels(*arguments):
-        *tiles, high, low = arguments[:8]
-        *sums, dg = _fine_levels(*(x[...] for x in tiles), *arguments[8:])
-        columns = pl.ds(32 * arguments[8], 32)
+    def fine_levels(g, k, q, high, low, tables, part, *sums):
+        *sums, dg = _fine_levels(g[...], k[...], q[...], *tables, part, *sums)
+        columns = pl.ds(warp.PART * part, warp.PART)
         high[:, columns] = dg.astype(high.dtype)
         low[:, columns] = (dg - dg.astype(high.dtype).astype(dg.dtype)).astype(high.dtype)
         return sums
@@ -89,11 +88,11 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(plgpu, "kernel", kernel)
     stand_ins = dict(
         products=products, hidden_zero=lambda: jnp.int32(0), meet=plgpu.commit_smem, NUM_CTAS=2,
-        fine_levels=fine_levels,
+        fine_tables=lambda *refs: [ref[...] for ref in refs], fine_levels=fine_levels,
         column_sums=column_sums, add_column_sums=lambda x, out: column_sums(x, out, out[...]),
         triangle=_triangle, level_triangle=_level_triangle, level_pairs=_level_pairs, by_block=_by_block,
         add_level=_add_level, fold=_fold, store_diagonal=_store_diagonal,
-        halve=lambda x: tuple(jnp.split(x, 2, 1)), join=lambda a, b: jnp.concatenate([a, b], 1),
+        cut=lambda x: tuple(jnp.split(x, 64 // warp.PART, 1)), join=lambda *parts: jnp.concatenate(parts, 1),
         fast_exp2=jnp.exp2, fast_log2=lambda x: jax.lax.log(x) * LOG2E, fast_rsqrt=jax.lax.rsqrt,
     )  # fmt: skip
     # One dtype, or tiles seen through two would all count as races.
@@ -101,9 +100,10 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(kernels, name, value)
 
 
-def _fine_levels(g, k, q, da, dl, beta, half, dq, up, down):
+def _fine_levels(g, k, q, da, dl, beta, part, dq, up, down):
     """What `warp.fine_levels` computes, with its roundings: dq, up, down, and dg in one piece."""
-    g, k, q = (jax.lax.dynamic_slice_in_dim(x, 32 * half, 32, 1) for x in (g, k, q))
+    width = warp.PART
+    g, k, q = (jax.lax.dynamic_slice_in_dim(x, width * part, width, 1) for x in (g, k, q))
     row, column = _indices()
     multiply = functools.partial(jnp.dot, preferred_element_type=jnp.float32, precision="highest")
     dg = q * dq + k * (beta.astype(jnp.float16).astype(jnp.float32)[:, None] * up - down)
@@ -112,7 +112,7 @@ def _fine_levels(g, k, q, da, dl, beta, half, dq, up, down):
         span = jnp.where(second, (start <= column) & (column <= row), (row < column) & (column < start + (1 << n)))
         factor = jnp.exp2(multiply(span.astype(jnp.float32), g.astype(jnp.float32)))
         keys, queries = (x.astype(jnp.float16) * factor.astype(jnp.float16) for x in (k, q))
-        pair, second = (row ^ column) >> n == 1, second[:, :32]
+        pair, second = (row ^ column) >> n == 1, second[:, :width]
         read = jnp.where(second, keys * beta.astype(jnp.float16)[:, None], keys)
         of_pairs = lambda x, y, pair=pair: multiply(jnp.where(pair, x, 0).astype(jnp.float32), y.astype(jnp.float32))
         by_a, by_l = of_pairs(da, jnp.where(second, queries, keys)), of_pairs(dl, read)
@@ -169,22 +169,24 @@ def machine(monkeypatch):
     return machine
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_the_instructions_of_a_warp_compute_the_fine_levels(half, machine):
-    rng = np.random.default_rng(half)
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_the_instructions_of_a_warp_compute_the_fine_levels(part, machine):
+    rng = np.random.default_rng(part)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float16).astype(np.float32)
     tiles, beta = [-np.abs(draw(64, 64)), *(draw(64, 64) for _ in range(4))], np.abs(draw(64))
-    sums = [draw(64, 32) for _ in range(3)]
+    sums = [draw(64, warp.PART) for _ in range(3)]
     places = range(0, 8 * 8192, 8192)
     for place, x in zip(places, tiles, strict=False):
         machine.write_tile(place, x)
     machine.write_f32(places[5], beta)
-    got = warp._fine(None, *places, scalar(half), *map(Fragments.of, sums))
-    *want, dg = _fine_levels(*tiles, beta, half, *sums)
+    words = warp._tables(*places[3:6])
+    tables = [Fragments.of_words(part) for part in (words[:16], words[16:])]
+    got = warp._fine(None, *places[:3], *places[6:], *tables, scalar(part), *map(Fragments.of, sums))
+    *want, dg = _fine_levels(*tiles, beta, part, *sums)
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x.array(), y, atol=2e-5)  # Measured: 2e-6.
     high, low = (machine.read_tile(place, jnp.bfloat16).astype(np.float32) for place in places[6:])
-    got = (high + low)[:, 32 * half : 32 * half + 32]
+    got = (high + low)[:, warp.PART * part : warp.PART * (part + 1)]
     np.testing.assert_allclose(got, dg, rtol=2**-16, atol=1e-4)
 
 
