@@ -294,11 +294,9 @@ class _Watch(threading.Thread):
             time.sleep(self._heartbeat_s + GRACE_S)  # the watch finds out and ends this process with one line
         self._ending.acquire()
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        first = f"process {self._me}: {text.partition(chr(10))[0]}"
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was quicker
-            _client().key_value_set(FAILED, first)
-        reported = _reported_failure() or first
-        if reported == first or reported.partition(": ")[2] != first.partition(": ")[2]:
+        who, what = f"process {self._me}", text.partition("\n")[0]
+        reporter, _, reported = _report_failure(f"{who}: {what}").partition(": ")
+        if reporter == who or reported != what:
             _print_error(error)
         _exit(_exit_code(error), range(self._place.num_processes))
 
@@ -316,6 +314,15 @@ def _exit(code: int, alive: Sequence[int]) -> NoReturn:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 must not go before the others have read
         _client().wait_at_barrier(f"kimi_jax/left/{len(alive)}", int(2 * (POLL_S + GRACE_S) * 1000), alive)
     os._exit(code)  # leaving in order would wait for processes that do not come
+
+
+def _report_failure(text: str) -> str:
+    """Tells the other processes of a failure; returns what they have been told, by the quickest."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was quicker, or process 0 is gone
+        _client().key_value_set(FAILED, text)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        return _reported_failure() or text
+    return text
 
 
 def _reported_failure() -> str | None:

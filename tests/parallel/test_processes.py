@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -143,7 +144,7 @@ QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "1"}
 class Processes:
     """A run in several processes of this machine, over loopback."""
 
-    def __init__(self, folder: Path, count: int, *, devices: int = 1, **changes):
+    def __init__(self, folder: Path, count: int, *, environments: Sequence[Mapping[str, str]] = (), **changes):
         self.run_dir = folder / "run"
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(TINY | {"train": TINY["train"] | changes}))
@@ -152,11 +153,11 @@ class Processes:
             port = probe.getsockname()[1]
         command = [sys.executable, "scripts/train.py", str(config), "--run-dir", str(self.run_dir)]
         command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
-        environment = {**os.environ, **QUICK, "JAX_NUM_CPU_DEVICES": str(devices)}
+        environments = environments or [{}] * count
         self.processes = [
             subprocess.Popen(
                 [*command, "--process-id", str(number)],
-                env=environment,
+                env={**os.environ, **QUICK, **environments[number]},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -260,6 +261,28 @@ def test_a_killed_process_ends_the_others_with_one_line_each(tmp_path):
     for number in (0, 2):
         line = f"error: process {number} of 3: process 1 is gone: no sign of life for {HEARTBEAT_S} s"
         assert ended[number][0] == 1 and ended[number][2] == [line]
+
+
+@pytest.mark.slow
+def test_the_others_end_when_process_0_is_killed(tmp_path):
+    with Processes(tmp_path, 2, **ENDLESS) as run:
+        run.wait_for_step(5)
+        run.processes[0].kill()
+        start = time.monotonic()
+        ended = run.wait()
+    assert time.monotonic() - start < 30 and ended[1][0] != 0, "jaxlib ends them"
+
+
+@pytest.mark.slow
+def test_an_error_of_one_ends_all_and_names_it(tmp_path, monkeypatch):
+    """Process 1 cannot prepare its data."""
+    monkeypatch.setitem(TINY, "data", {"kind": "stdlib", "seq_len": 16})
+    with Processes(tmp_path, 2, environments=[{}, {"KIMI_JAX_CACHE": "/proc/nowhere"}], **ENDLESS) as run:
+        ended = run.wait()
+    assert [code for code, _, _ in ended] == [1, 2], ended
+    (own,) = ended[1][2]
+    assert own.startswith("error: ") and "set KIMI_JAX_CACHE" in own
+    assert ended[0][2] == [f"error: process 0 of 2: ended by the failure of process 1 of 2: {own[7:]}"]
 
 
 @pytest.mark.slow
