@@ -197,7 +197,7 @@ class _Group:
             block = self._next_block()  # drawn while the device works
             if due:
                 self._settle(keep=1)
-                self._settle(keep=0, validation=self._validation(sums))
+                self._settle(keep=0, sums=sums)
                 self.ended_early = until is not None and not last and any(_holds(until, m) for m in self.members)
             if last or self.step % self.cfg.checkpoints.every == 0:
                 self._checkpoint()
@@ -224,17 +224,20 @@ class _Group:
             member.accuracies.append(metrics.get(f"{VALIDATION}_accuracy", 0.0))
         return found
 
-    def _settle(self, *, keep: int, validation: Validation | None = None) -> None:
-        """Fetches and writes the steps of finished blocks, oldest first; `validation` belongs to the last of them."""
+    def _settle(self, *, keep: int, sums: Mapping[str, Sequence[Sums]] | None = None) -> None:
+        """Fetches and writes the steps of finished blocks, oldest first; the validation `sums` belong to the last."""
         while len(self.pending) > keep:
             end, steps, on_device = self.pending.popleft()
             metrics = jax.device_get(on_device)
-            rate = self.clock.lap(int(metrics["tokens"].sum()))
+            self.clock.add(int(metrics["tokens"].sum()))
+            rate = self.clock.lap() if sums else None
+            validation = self._validation(sums) if sums else None
             for at, step in enumerate(range(end - steps + 1, end + 1)):
                 rows = {name: x[at] for name, x in metrics.items()}
-                self._write(step, rows, rate, validation if step == end else None)
+                self._write(step, rows, *((rate, validation) if step == end else (None, None)))
             if validation:
                 self._show(end, validation, rate)
+                self.clock.lap()  # the validation itself does not count
 
     def _write(
         self, step: int, rows: Mapping[str, np.ndarray], rate: float | None, validation: Validation | None
@@ -262,7 +265,7 @@ class _Group:
                 member.store.save(self.step, state, self.positions[i], metadata)
                 member.plot()
         self.saved_step = self.step
-        self.clock.restart()
+        self.clock.lap()
 
     # -------------------------------------------------------------- end
     @property
@@ -292,14 +295,21 @@ def _holds(until: Until, member: Member) -> bool:
 
 
 class _Clock:
-    """Scored tokens per second between laps; the first lap, which starts the data's threads, has no rate."""
+    """Scored tokens per second between validations; a process's first block, which starts the data's threads, does not
+    count."""
 
     def __init__(self) -> None:
-        self._since: float | None = None
+        self._tokens, self._since = 0, None
 
-    def restart(self) -> None:
-        self._since = self._since and time.perf_counter()
+    def add(self, tokens: int) -> None:
+        """Notes the tokens of a block that has ended."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        else:
+            self._tokens += tokens
 
-    def lap(self, tokens: int) -> float | None:
-        since, self._since = self._since, time.perf_counter()
-        return None if since is None else tokens / (self._since - since)
+    def lap(self) -> float | None:
+        """The rate since the last lap; None if no block ended since."""
+        now, tokens, since = time.perf_counter(), self._tokens, self._since
+        self._tokens, self._since = 0, now
+        return tokens / (now - since) if tokens else None
