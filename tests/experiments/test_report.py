@@ -16,6 +16,7 @@ from kimi_jax.experiments.report import write_report
 from kimi_jax.experiments.results import SWEPT_OVER, _label, group_runs, read_results
 from kimi_jax.experiments.scaling import fit_power_law
 from kimi_jax.experiments.sweep import load_sweep
+from kimi_jax.train.run_dir import RunDir
 
 DEBUG = Path(__file__).parents[2] / "experiments" / "sizes" / "debug.yaml"
 
@@ -69,6 +70,29 @@ def test_seeds_are_put_together(tmp_path):
     assert all(map(is_picture, figures))
     page = written[-1].read_text()
     assert all(path.name in page for path in figures) and "a-peak_lr=5e-05-seed=2" in page
+
+
+def test_further_evaluations_and_positions_are_shown(tmp_path):
+    def value(run, fraction):
+        worse = run.arm == "rope"
+        positions = {f"long_loss_nats_from_{start}": 3.0 + worse - 0.1 * i for i, start in enumerate((0, 64, 128))}
+        return {"long_loss_nats": 3.0 + worse, "recall_accuracy": 0.5 - 0.25 * worse, **positions}
+
+    evaluations = {"long": {"by_position": True}, "recall": {"data": {"kind": "mqar", "seq_len": 64}}}
+    arms = {"nope": {}, "rope": {"model.mixers.mla.position": {"kind": "rope"}}}
+    arms = {name: {**keys, "train.evaluations": evaluations} for name, keys in arms.items()}
+    runs_dir = make_runs(tmp_path, value, runs=arms, seeds=[0, 1])
+    RunDir(next(runs_dir.iterdir())).mark_ended(20)
+    written = write_report(runs_dir, runs_dir / "report")
+    groups = {row["group"]: row for row in read_csv(runs_dir / "report" / "groups.csv")}
+    assert groups["rope"]["long_loss_nats"] == "4.0000 ± 0.0000"
+    assert groups["nope"]["recall_accuracy"] == "0.5000 ± 0.0000"
+    states = [row["state"] for row in read_csv(runs_dir / "report" / "runs.csv")]
+    assert sorted(states) == ["ended early at 20", "finished", "finished", "finished"]
+    figures = {path.name for path in written if path.suffix == ".png"}
+    assert figures >= {"long_loss_nats_bars.png", "recall_accuracy_bars.png", "long_by_position.png"}
+    assert all(is_picture(path) for path in written if path.suffix == ".png")
+    assert read_results(runs_dir)[-1].by_position("long") == {0: 4.0, 64: 3.9, 128: 3.8}
 
 
 def test_only_seeds_are_put_together(tmp_path):
