@@ -45,7 +45,8 @@ def cotangent_scale(
     size = jnp.abs(do.astype(f32))
     if padding is not None:
         size = jnp.where(padding[..., None, None], 0.0, size)
-    largest = jnp.maximum(jnp.max(size, axis=(1, 3)), jnp.max(jnp.abs(dfinal), axis=(2, 3)))
+    final = jnp.abs(lax.optimization_barrier(dfinal))  # mostly zeros that XLA would fold for seconds
+    largest = jnp.maximum(jnp.max(size, axis=(1, 3)), jnp.max(final, axis=(2, 3)))
     _, exponent = jnp.frexp(largest)
     return jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -100, 100))
 
