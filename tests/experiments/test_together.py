@@ -60,7 +60,7 @@ def assert_alike(one: list, other: list) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> list[Path]:
+def folders(tmp_path_factory, quick_compilation) -> list[Path]:
     """Two learning rates, trained together without interruption; not to be changed."""
     root = tmp_path_factory.mktemp("together")
     paths = [root / f"{rate}" for rate in RATES]
