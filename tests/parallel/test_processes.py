@@ -207,7 +207,8 @@ def assert_same_numbers(got: list[dict], want: list[dict]) -> None:
     assert [record["total_tokens"] for record in got] == [record["total_tokens"] for record in want]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_train_what_one_trains(alone, tmp_path, count):
     with Processes(tmp_path, count) as run:
         ended = run.wait()
