@@ -19,7 +19,7 @@ from kimi_jax.train.state import Recipe
 from kimi_jax.train.step import build_gradients
 from pallas_kernels.kda import SoftplusGate, mirror, mirror_vjp, mosaic_gpu
 from pallas_kernels.kda.api import AXES, chunk_kda
-from pallas_kernels.partition import partition
+from pallas_kernels.partition import _choose_parts, partition
 from pallas_kernels.short_conv.api import short_conv
 from pallas_kernels.ssd.api import chunk_ssd
 
@@ -220,3 +220,10 @@ def test_what_does_not_divide_is_named():
     with pytest.raises(UserError, match=r"mla.num_heads=8: not a multiple of mesh.tensor=2 x mesh.context=8: 16"):
         check_run(abstract_mesh(config.Mesh(context=8, tensor=2), 16), cfg)
     check_run(abstract_mesh(config.Mesh(context=8), 8), cfg)
+
+
+def test_an_axis_of_one_device_cuts_nothing():
+    """Else states would travel, and every recurrence run twice, on meshes without context parallelism."""
+    mesh = abstract_mesh(config.Mesh(data=2), 2)
+    parts = _choose_parts(mesh, mesh.axis_names, [((4, 128, 2), "BTH")])
+    assert parts["T"] == () and parts["B"] == ("data",)
