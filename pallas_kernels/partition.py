@@ -39,6 +39,11 @@ class Axes:
     """Tokens depend on each other: where T is cut, the operator has the name of that mesh axis as `axis`."""
 
 
+def refuse_parts(*arrays: Any, axis: str | None = None, **_: Any) -> str | None:
+    """For an implementation that knows no tokens on other devices."""
+    return f"{axis=}: this form runs on one device" if axis else None
+
+
 def partition(run: Callable[..., Any], axes: Axes, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """Returns run(*args, **kwargs), cut over the axes of the mesh in use that are not cut already.
 

@@ -48,11 +48,12 @@ def multiply_transposed(
     """Returns x_e^T dy_e of the rows of every group in `dtype`, accumulated in float32; empty groups give zeros.
 
     Args:
-      x, dy: 16-bit; M a multiple of 8, D and F of 64. All of dy must be finite, also where no group lies: a step
-        at a group's end also reads rows of others, which are cleared in x alone.
+      x, dy: 16-bit; M a multiple of 8, D and F of 64 and at least 128. All of dy must be finite, also where no group
+        lies: a step at a group's end also reads rows of others, which are cleared in x alone.
     """
     num_groups, D, F = group_sizes.shape[0], x.shape[1], dy.shape[1]
     width, depth, stages = tile_width(F, config.columns), config.depth, config.stages
+    assert D >= TALL, f"{D=}: fill up to {TALL}"  # see `choose_width`
     down, across = -(-D // TALL), -(-F // width)
     bounds = _largest_first(group_sizes.astype(jnp.int32))
     layout = plgpu.Layout.WGMMA

@@ -44,7 +44,7 @@ def multiply_rows(
     Args:
       plan: see `plan_tiles`.
       pairs: x and w, [E, K, N] or, if `transposed`, [E, N, K]; all of one shape and 16-bit dtype; K and N multiples
-        of 64. Tiles may reach beyond N: what is copied from there is zero, and what goes there is dropped.
+        of 64, N at least 128. Tiles may reach beyond N: what is copied from there is zero, what goes there is dropped.
     """
     (x, w), depth, stages = pairs[0], config.depth, config.stages
     num_rows, K = x.shape

@@ -25,7 +25,11 @@ class TileConfig:
 
 
 def choose_width(columns: int, widths: tuple[int, ...], extra: int = TILE_COST) -> int:
-    """The width of tiles that cover the columns at the least cost; the last tile may reach beyond them."""
+    """The width of tiles that cover the columns at the least cost; the last tile may reach beyond them.
+
+    Fewer columns than ROWS are one layout wide, along which the copy engine has no bounds: results would be wrong.
+    """
+    assert columns >= ROWS, f"{columns=}: fill up to {ROWS}"
     return min(widths, key=lambda width: (-(-columns // width) * (width + extra), -width))
 
 

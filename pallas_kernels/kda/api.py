@@ -7,7 +7,7 @@ from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.kda import chunked, mosaic_gpu, reference, step_mosaic_gpu
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
 from pallas_kernels.kda.states import by_blocks
-from pallas_kernels.partition import Axes
+from pallas_kernels.partition import Axes, refuse_parts
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -21,15 +21,11 @@ __all__ = [
 ]
 
 
-def _refuse_spans(*arrays, axis: str | None = None, **_) -> str | None:
-    return f"{axis=}: this form runs on one device" if axis else None
-
-
 # Fastest first.
 IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(mosaic_gpu.chunk_kda, mosaic_gpu.refuse),
     "chunked": Implementation(chunked.chunk_kda, chunked.refuse),
-    "reference": Implementation(reference.chunk_kda, _refuse_spans),
+    "reference": Implementation(reference.chunk_kda, refuse_parts),
 }
 STATES_IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(mosaic_gpu.chunk_kda_with_states, mosaic_gpu.refuse),

@@ -4,19 +4,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.partition import Axes
+from pallas_kernels.partition import Axes, refuse_parts
 from pallas_kernels.ssd import chunked, reference
 
 __all__ = ["IMPLEMENTATIONS", "chunk_ssd"]
 
 
-def _refuse_spans(*arrays, axis: str | None = None, **_) -> str | None:
-    return f"{axis=}: this form runs on one device" if axis else None
-
-
 IMPLEMENTATIONS = {  # fastest first
     "chunked": Implementation(chunked.chunk_ssd, chunked.refuse),
-    "reference": Implementation(reference.chunk_ssd, _refuse_spans),
+    "reference": Implementation(reference.chunk_ssd, refuse_parts),
 }
 AXES = Axes(("BTH",) * 5, ("BTH", "BH"), {"segment_ids": "BT"}, exchanges=True)
 CONTINUED_AXES = Axes(("B-H",) * 5, ("B-H", "BH"), {"initial_state": "BH", "segment_ids": "B"})

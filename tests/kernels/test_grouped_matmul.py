@@ -135,6 +135,26 @@ def test_the_kernels_say_what_they_do_not_serve():
 def test_tiles_cover_the_columns_with_little_waste():
     widths = [choose_width(columns, (128, 192, 256)) for columns in (128, 384, 960, 1024, 1216)]
     assert widths == [128, 192, 192, 256, 256]
+    with pytest.raises(AssertionError, match="columns=64"):
+        choose_width(64, (128, 192, 256))
+
+
+@pytest.mark.parametrize(
+    ("widths", "filled"), [((64, 352), (128, 384)), ((1216, 928), (1216, 960)), ((8, 8), (128, 128))]
+)
+def test_the_kernels_see_at_least_a_tile_of_columns(widths, filled, monkeypatch):
+    shapes = []
+
+    def multiply_rows(plan, pairs, **_):
+        (x, w), *_ = pairs
+        shapes.append((x.shape, w.shape))
+        return x @ w[0]
+
+    monkeypatch.setattr(mosaic_gpu, "multiply_rows", multiply_rows)
+    x, w = jnp.ones((200, widths[0]), jnp.bfloat16), jnp.ones((2, *widths), jnp.float32)
+    y = mosaic_gpu.grouped_matmul(x, w, jnp.array([120, 80]))
+    assert shapes == [((200, filled[0]), (2, *filled))]
+    np.testing.assert_array_equal(y, np.full((200, widths[1]), widths[0]))  # what fills up is zero and cut off again
 
 
 @pytest.mark.parametrize("seed", range(5))
