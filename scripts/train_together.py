@@ -18,10 +18,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    from kimi_jax.train import xla_flags
-
-    xla_flags.apply_defaults()
     from kimi_jax.experiments.sweep import Group, group_runs, load_sweep  # after --help: these import jax
+    from kimi_jax.train import xla_flags
     from kimi_jax.train.together import train_together
 
     units = group_runs(arguments.sweep, load_sweep(arguments.sweep))
@@ -33,6 +31,7 @@ def main() -> int:
     if not runs:
         print(f"{group.name}: finished; nothing to do")
         return 0
+    xla_flags.apply(runs[0].config.train.flags)  # read when the first array is made
     directories = [run.directory(arguments.runs_dir).path for run in runs]
     return train_together([run.config for run in runs], directories, group.until).exit_code
 

@@ -54,6 +54,25 @@ class Dataset:
         validation = self.validation and self.validation.content_sha256
         return {"train": self.train.content_sha256, "validation": validation}
 
+    def check_same(self, identity: Mapping[str, str | None]) -> None:
+        """Compares the data with an `identity`, of the last time or of another process.
+
+        Raises:
+          UserError: it is other data.
+        """
+        for name, digest in identity.items():
+            if digest != (have := self.identity[name]):
+                raise UserError(f"data: the {name} records have hash {have}, but those of this run have {digest}")
+
+    def check_vocabulary(self, size: int, what: str) -> None:
+        """Checks that a model of `size` tokens knows all that occur.
+
+        Raises:
+          UserError: it does not.
+        """
+        if size < self.vocab_size:
+            raise UserError(f"model.vocab_size={size} is too small: {what} has {self.vocab_size} different tokens")
+
     @property
     def _rows(self) -> int:
         return self.batch_size // self.process_count

@@ -16,7 +16,6 @@ from kimi_jax.config.evaluation import Evaluation
 from kimi_jax.config.load import validate
 from kimi_jax.config.train import RunConfig
 from kimi_jax.data.pipeline import Batch, Dataset, build_dataset
-from kimi_jax.errors import UserError
 from kimi_jax.models import decoder
 from kimi_jax.train.loss import token_cross_entropy
 from kimi_jax.train.state import Recipe
@@ -123,9 +122,7 @@ def open_measurements(cfg: RunConfig, data: Dataset) -> list[Measurement]:
         source = _source(cfg, name, evaluation)
         own = source == cfg.data and rows == cfg.train.batch_size
         opened = data if own else build_dataset(source, batch_size=rows, **share)
-        if opened.vocab_size > cfg.model.vocab_size:
-            rule = f"its data has {opened.vocab_size} different tokens, model.vocab_size is {cfg.model.vocab_size}"
-            raise UserError(f"train.evaluations.{name}: {rule}")
+        opened.check_vocabulary(cfg.model.vocab_size, f"the data of train.evaluations.{name}")
         found.append(Measurement(name, evaluation, opened))
     return found
 

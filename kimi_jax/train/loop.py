@@ -6,7 +6,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class _Loop:
         restored = self.store.restore(step, self.abstract_state)
         self.state, self.total_tokens = restored.state, restored.metadata["total_tokens"]
         self.iterator.set_state(restored.position)
-        _check_same_data(restored.metadata.get("data", {}), self.data)
+        self.data.check_same(restored.metadata.get("data", {}))
 
     def _first_state(self) -> State:
         if self.cfg.init_from is None:
@@ -355,21 +355,9 @@ def _open_data(cfg: RunConfig, share: Share) -> Dataset:
     build = functools.cache(lambda: build_dataset(cfg.data, **sizes))
     identity = on_main(lambda: build().identity)
     data = build()
-    _check_same_data(identity, data)
-    _check_vocabulary(cfg, data)
+    data.check_same(identity)
+    data.check_vocabulary(cfg.model.vocab_size, f"the {cfg.data.kind} data")
     return data
-
-
-def _check_same_data(expected: Mapping[str, str | None], data: Dataset) -> None:
-    for name, digest in expected.items():
-        if digest != (have := data.identity[name]):
-            raise UserError(f"data: the {name} records have hash {have}, but those of this run have {digest}")
-
-
-def _check_vocabulary(cfg: RunConfig, data: Dataset) -> None:
-    if cfg.model.vocab_size < data.vocab_size:
-        need = f"the {cfg.data.kind} data has {data.vocab_size} different tokens"
-        raise UserError(f"model.vocab_size={cfg.model.vocab_size} is too small: {need}")
 
 
 def _announce(

@@ -9,7 +9,6 @@ import numpy as np
 
 from kimi_jax.config.train import RunConfig, SkipNonFinite
 from kimi_jax.data.pipeline import Batch, Dataset, build_dataset, save_tokenizer
-from kimi_jax.errors import UserError
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.metrics import Sink, read_metrics
 from kimi_jax.train.plot import plot_loss
@@ -63,9 +62,7 @@ class Feed:
         self._shape = (rows, configs[0].data.seq_len) if self.shared else (len(configs), rows, configs[0].data.seq_len)
         sources = configs[:1] if self.shared else configs
         self.datasets: list[Dataset] = [build_dataset(cfg.data, batch_size=rows) for cfg in sources]
-        if configs[0].model.vocab_size < (need := self.datasets[0].vocab_size):
-            rule = f"the {configs[0].data.kind} data has {need} different tokens"
-            raise UserError(f"model.vocab_size={configs[0].model.vocab_size} is too small: {rule}")
+        self.datasets[0].check_vocabulary(configs[0].model.vocab_size, f"the {configs[0].data.kind} data")
         self._iterators = [data.train_iterator() for data in self.datasets]
         self._repeats = len(configs) if self.shared else 1
 
@@ -91,7 +88,15 @@ class Feed:
         """Where each member's data goes on."""
         return [iterator.get_state() for iterator in self._iterators] * self._repeats
 
-    def set_positions(self, positions: Sequence[Mapping[str, Any]]) -> None:
+    @property
+    def identities(self) -> list[dict[str, str | None]]:
+        """What each member's data is."""
+        return [data.identity for data in self.datasets] * self._repeats
+
+    def go_on(self, positions: Sequence[Mapping[str, Any]], identities: Sequence[Mapping[str, str | None]]) -> None:
+        """Moves to what `positions` were, after checking that the data is what it was."""
+        for data, identity in zip(self.datasets * self._repeats, identities, strict=True):
+            data.check_same(identity)
         for iterator, position in zip(self._iterators, positions, strict=False):
             iterator.set_state(dict(position))
 

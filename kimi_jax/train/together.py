@@ -18,6 +18,7 @@ from kimi_jax.config.sweep import Until
 from kimi_jax.config.train import RunConfig
 from kimi_jax.data.pipeline import Batch
 from kimi_jax.errors import UserError
+from kimi_jax.parallel.mesh import mesh_shape
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.evaluation import VALIDATION, Evaluator, Sums, mean_metrics, open_measurements
 from kimi_jax.train.members import Feed, Member
@@ -26,6 +27,7 @@ from kimi_jax.train.run_dir import claim, config_differences, record_start
 from kimi_jax.train.signals import StopRequest, catch_stop_signals
 from kimi_jax.train.state import Recipe, State
 from kimi_jax.train.step import build_train_step
+from kimi_jax.train.watchdog import Watchdog
 from kimi_jax.types import Variables
 
 MEMBER_KEYS = ("optim.peak_lr", "train.seed", "data.shuffle_seed")  # what members of a group may differ in
@@ -62,10 +64,12 @@ def train_together(configs: Sequence[RunConfig], run_dirs: Sequence[Path], until
     """
     _check_alike(configs)
     with contextlib.ExitStack() as stack:
-        members = [_open_member(stack, cfg, path) for cfg, path in zip(configs, run_dirs, strict=True)]
+        everyone = [_open_member(stack, cfg, path) for cfg, path in zip(configs, run_dirs, strict=True)]
+        members = _in_step(everyone)
         feed = Feed(members)
         stack.callback(feed.close)
-        group = _Group(members, feed)
+        watchdog = stack.enter_context(Watchdog(configs[0].train.watchdog, members[0].paths.path, 0))
+        group = _Group(members, feed, watchdog)
         group.restore()
         for member in members:
             record_start(member.paths, member.cfg)
@@ -77,7 +81,7 @@ def train_together(configs: Sequence[RunConfig], run_dirs: Sequence[Path], until
         group.compile()
         group.run(stop, until)
         group.finish(stop)
-        if failures := [member.failure for member in members if member.failure]:
+        if failures := [member.failure for member in everyone if member.failure]:
             raise UserError(failures)
         return Ending(group.step, group.finished, 0 if group.finished else stop.exit_code)
 
@@ -93,12 +97,30 @@ def _check_alike(configs: Sequence[RunConfig]) -> None:
         raise UserError(f"runs trained together: train.init_from={first.train.init_from} is not supported")
     if jax.device_count() > 1:
         raise UserError(f"runs trained together: they need one device, this process sees {jax.device_count()}")
+    mesh_shape(first.mesh, 1)
 
 
 def _open_member(stack: contextlib.ExitStack, cfg: RunConfig, path: Path) -> Member:
     paths, _ = stack.enter_context(claim(path, cfg, "auto"))
     keep = max(cfg.train.checkpoints.keep, 2)  # a kill between two members' writes leaves them at different steps
     return Member(cfg, paths, stack.enter_context(CheckpointStore(paths.checkpoints, keep=keep)))
+
+
+def _in_step(members: Sequence[Member]) -> list[Member]:
+    """Those that can go on from one step: all, but for those that failed long before the others were stopped.
+
+    The latter get a `failure` that says so; they go on when the others are done.
+    """
+    steps = [set(member.store.steps) for member in members]
+    ahead = max(steps, key=lambda own: max(own, default=0))
+    # One checkpoint alone: the group was killed while its members wrote their first ones.
+    if set.intersection(*steps) or len(ahead) < 2:
+        return list(members)
+    for member, own in zip(members, steps, strict=True):
+        if not own & ahead:
+            where = f"its checkpoints end at step {max(own, default=0)}, those of others begin at {min(ahead)}"
+            member.failure = f"{member.paths.path}: left out: {where}; started again, it goes on without them"
+    return [member for member in members if not member.failure]
 
 
 def build_block(recipe: Recipe, *, shared_data: bool) -> Callable[..., tuple[State, dict[str, Array]]]:
@@ -135,8 +157,8 @@ def build_block(recipe: Recipe, *, shared_data: bool) -> Callable[..., tuple[Sta
 class _Group:
     """One process's work on a group: `restore`, `compile`, `run`, `finish`, in this order."""
 
-    def __init__(self, members: Sequence[Member], feed: Feed):
-        self.members, self.feed, self.cfg = members, feed, members[0].cfg.train
+    def __init__(self, members: Sequence[Member], feed: Feed, watchdog: Watchdog):
+        self.members, self.feed, self.watchdog, self.cfg = members, feed, watchdog, members[0].cfg.train
         self.recipe = Recipe(members[0].cfg)
         self.peak_lrs = np.array([member.cfg.optim.peak_lr for member in members], np.float32)
         self.console = Console(soft_wrap=True)
@@ -156,7 +178,8 @@ class _Group:
             states = [one.state for one in restored]
             for member, one in zip(self.members, restored, strict=True):
                 member.total_tokens = one.metadata["total_tokens"]
-            self.feed.set_positions([one.position for one in restored])
+            identities = [one.metadata.get("data", {}) for one in restored]
+            self.feed.go_on([one.position for one in restored], identities)
         else:
             init = jax.jit(self.recipe.init_state)
             states = [init(jax.random.key(member.cfg.train.seed)) for member in self.members]
@@ -182,9 +205,10 @@ class _Group:
 
     # -------------------------------------------------------------- steps
     def run(self, stop: StopRequest, until: Until | None) -> None:
-        """Takes steps until all are done, `until` holds or a signal comes; leaves a checkpoint of the last one."""
+        """Takes steps until all are done, `until` holds, all members have failed or a signal comes; leaves a checkpoint
+        of the last one."""
         block = self._next_block()
-        while self.step < self.cfg.steps and not stop and not self.ended_early:
+        while self.step < self.cfg.steps and not (stop or self.ended_early or self.failed):
             steps, batches = block
             self.states, metrics = self.train_block(self.states, batches, steps, self.peak_lrs)
             self.step += int(steps)
@@ -229,6 +253,7 @@ class _Group:
         while len(self.pending) > keep:
             end, steps, on_device = self.pending.popleft()
             metrics = jax.device_get(on_device)
+            self.watchdog.feed(end)
             self.clock.add(int(metrics["tokens"].sum()))
             rate = self.clock.lap() if sums else None
             validation = self._validation(sums) if sums else None
@@ -258,10 +283,11 @@ class _Group:
 
     def _checkpoint(self) -> None:
         self._settle(keep=0)
-        for i, member in enumerate(self.members):
+        for i, (member, data) in enumerate(zip(self.members, self.feed.identities, strict=True)):
             if not member.failure:
                 state = jax.tree.map(lambda x, i=i: x[i], self.states)
-                metadata = {"total_tokens": member.total_tokens, "config": member.cfg.model_dump(mode="json")}
+                config = member.cfg.model_dump(mode="json")
+                metadata = {"total_tokens": member.total_tokens, "config": config, "data": data}
                 member.store.save(self.step, state, self.positions[i], metadata)
                 member.plot()
         self.saved_step = self.step
@@ -272,13 +298,19 @@ class _Group:
     def finished(self) -> bool:
         return self.ended_early or self.step == self.cfg.steps
 
+    @property
+    def failed(self) -> bool:
+        """Whether no member is left."""
+        return all(member.failure for member in self.members)
+
     def finish(self, stop: StopRequest) -> None:
         """Waits for the checkpoints and says how it ended."""
         for member in self.members:
             member.store.wait()
             if self.ended_early and not member.failure:
                 member.paths.mark_ended(self.step)
-        how = "ended early" if self.ended_early else "finished" if self.finished else f"{stop.signal.name}: stopped"
+        how = "ended early" if self.ended_early else "finished" if self.finished else "stopped"
+        how = f"{stop.signal.name}: {how}" if stop and not self.finished else how
         self._print(f"{how} after step {self.step}")
 
     def _print(self, line: str) -> None:

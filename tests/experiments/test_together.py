@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kimi_jax.config.load import dump
+from kimi_jax.config.mesh import Mesh
 from kimi_jax.config.sweep import Until
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
@@ -92,6 +93,31 @@ def test_a_group_goes_on_from_the_newest_step_that_all_have(folders, tmp_path):
         assert_alike(losses(folder), losses(path))
 
 
+@pytest.mark.slow
+def test_a_member_that_failed_long_ago_does_not_hold_up_the_others(folders, tmp_path):
+    """The others go on from where they stopped; it is named at the end, and goes on alone."""
+    paths = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders]
+    checkpoints = paths[1] / "checkpoints"
+    shutil.rmtree(checkpoints / "10")
+    (checkpoints / "8").rename(checkpoints / "4")
+    message = "0.01: left out: its checkpoints end at step 4, those of others begin at 8"
+    with pytest.raises(UserError, match=message):
+        train_together([make(rate, steps=12) for rate in RATES], paths)
+    assert "1 runs together go on from step 10" in (paths[0] / "log.txt").read_text()
+    assert losses(paths[0])[:10] == losses(folders[0]) and losses(paths[0])[-1][0] == 12
+    assert [path.name for path in checkpoints.iterdir()] == ["4"]
+
+
+def test_a_group_checks_its_data_and_its_mesh(folders, tmp_path):
+    paths = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders]
+    with CheckpointStore(RunDir(paths[0]).checkpoints) as store:
+        found = json.loads((store.path(10) / "metadata" / "metadata").read_text())["data"]
+    assert found.keys() == {"train", "validation"} and found["train"]
+    wide = [cfg.model_copy(update={"mesh": Mesh(fsdp=2)}) for cfg in map(make, RATES)]
+    with pytest.raises(UserError, match="mesh: fsdp=2 need 2 devices, but there are 1"):
+        train_together(wide, paths)
+
+
 def test_a_member_goes_on_alone(folders, tmp_path):
     path = Path(shutil.copytree(folders[1], tmp_path / "member"))
     shutil.rmtree(path / "checkpoints" / "10")
@@ -125,6 +151,13 @@ def test_a_member_that_diverges_ends_alone(tmp_path):
         train_together(configs, [tmp_path / "good", tmp_path / "bad"])
     assert losses(tmp_path / "good")[-1][0] == 10 and (tmp_path / "good" / "checkpoints" / "10").is_dir()
     assert not (tmp_path / "bad" / "checkpoints" / "10").exists()
+
+
+def test_a_group_ends_when_all_have_diverged(tmp_path):
+    with pytest.raises(UserError) as caught:
+        train_together([make(1e30), make(2e30)], [tmp_path / "a", tmp_path / "b"])
+    assert len(caught.value.problems) == 2
+    assert "stopped after step" in (tmp_path / "a" / "log.txt").read_text()
 
 
 def test_other_differences_are_refused(tmp_path):
