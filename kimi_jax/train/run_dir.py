@@ -137,8 +137,10 @@ def _hold(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[list[str]]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"run directory {path}: {IN_USE}") from error
+        except OSError as error:  # some shared disks know no locks
+            raise UserError(f"run directory {path}: {LOCK} cannot be locked: {error.strerror}") from error
         yield _check_config(run_dir, cfg) if run_dir.has_progress else []
 
 
