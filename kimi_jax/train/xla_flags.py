@@ -82,6 +82,8 @@ def check_xla(flags: str) -> None:
         return
     if fatal := ended.returncode and re.search(r"^[EF]\d+ .*?\] (.*)$", ended.stderr, re.MULTILINE):
         raise UserError(f"XLA_FLAGS: jaxlib {text.partition(' ')[0]} refuses them: {fatal[1]}")
+    if ended.returncode:  # something else is wrong, which the run itself will meet
+        return
     with contextlib.suppress(OSError):  # a cache that may not be written costs two seconds, no run
         passed.parent.mkdir(parents=True, exist_ok=True)
         passed.write_text(text + "\n")
