@@ -60,7 +60,8 @@ def main() -> int:
     if arguments.launcher == "print" and not arguments.dry_run:
         print(plan_sweep.batch_script(units, runs_dir, train))
         return 0
-    console.print(plan_sweep.plan_table(plan_sweep.plan(runs, runs_dir), runs_dir, at_once=at_once))
+    runs_at_once = at_once * len(runs) // len(units)  # a process trains a group
+    console.print(plan_sweep.plan_table(plan_sweep.plan(runs, runs_dir), runs_dir, at_once=runs_at_once))
     if arguments.dry_run:
         return 0
 
