@@ -65,8 +65,8 @@ def state_shardings(state: PyTree, logical_axes: PyTree, mesh: Mesh) -> PyTree:
 
     Args:
       state: nested dicts and tuples of arrays or their shapes; wherever in it a path ends like that of a parameter and
-        the shape is the parameter's (the parameter itself, its moments), it is cut like the parameter. All else is
-        whole on every device.
+        there are as many dimensions (the parameter itself, its moments), it is cut by the parameter's names. All else
+        is whole on every device.
       logical_axes: the tree of the parameters, with a tuple of names for each.
     """
     paths = jax.tree_util.tree_flatten_with_path(logical_axes, is_leaf=lambda x: isinstance(x, tuple))[0]
