@@ -1,5 +1,6 @@
 """A whole training run as data."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -135,6 +136,9 @@ class Train(Config):
             yield "grad_accum", f"{self.grad_accum} does not divide batch_size={self.batch_size}"
         if "validation" in self.evaluations:
             yield "evaluations.validation", "is what the run's own validation is called; choose another name"
+        for name in self.evaluations:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # metrics and files are called after it
+                yield "evaluations", f"{name!r} must be of letters, digits, - and _"
 
 
 class Wandb(Config):

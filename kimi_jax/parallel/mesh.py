@@ -59,7 +59,7 @@ def check_run(mesh: Mesh | AbstractMesh, cfg: RunConfig) -> None:
     Raises:
       UserError: they do not, with one line for each reason.
     """
-    problems = [*_batch_problems(mesh, cfg), *_model_problems(mesh, cfg.model)]
+    problems = [*_batch_problems(mesh, cfg), *_evaluation_problems(mesh, cfg), *_model_problems(mesh, cfg.model)]
     if problems:
         raise UserError(problems)
 
@@ -80,6 +80,17 @@ def _batch_problems(mesh: Mesh | AbstractMesh, cfg: RunConfig) -> Iterator[str]:
             f"data.seq_len={seq_len}: not a multiple of mesh.context={context} x {CHUNK} tokens of a chunk: "
             f"{context * CHUNK}"
         )
+
+
+def _evaluation_problems(mesh: Mesh | AbstractMesh, cfg: RunConfig) -> Iterator[str]:
+    parts, chunks = math.prod(mesh.shape[axis] for axis in BATCH_AXES), mesh.shape["context"] * CHUNK
+    for name, evaluation in cfg.train.evaluations.items():
+        rows = evaluation.batch_size or cfg.train.batch_size
+        seq_len = evaluation.seq_len or (evaluation.data or cfg.data).seq_len
+        if rows % parts:
+            yield f"train.evaluations.{name}.batch_size={rows}: does not divide over {parts} parts of the mesh"
+        if mesh.shape["context"] > 1 and seq_len % chunks:
+            yield f"train.evaluations.{name}.seq_len={seq_len}: not a multiple of {chunks}, as data.seq_len must be"
 
 
 def _model_problems(mesh: Mesh | AbstractMesh, model: ModelConfig) -> Iterator[str]:

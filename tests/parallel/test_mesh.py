@@ -142,6 +142,18 @@ BAD = {  # overrides, mesh, number of devices, what is said
     "sequence": (["data.seq_len=192"], {"context": 2}, 2, "data.seq_len=192: .*context=2 x 64 tokens of a chunk: 128"),
     "heads": ([], {"tensor": 4}, 4, "model.mixers.kda.num_heads=2: not a multiple of mesh.tensor=4"),
     "experts": ([], {"expert": 8}, 8, "model.ffn.num_experts=4: not a multiple of mesh.expert=8"),
+    "rows_measured": (
+        ["train.evaluations={other: {batch_size: 6}}"],
+        {},
+        8,
+        "train.evaluations.other.batch_size=6: does not divide over 8 parts",
+    ),
+    "tokens_measured": (
+        ["data.seq_len=256", "train.evaluations={longer: {seq_len: 320}}"],
+        {"context": 2},
+        2,
+        "train.evaluations.longer.seq_len=320: not a multiple of 128",
+    ),
     "no_experts": (["model.ffn={kind: dense, hidden_dim: 64}"], {"expert": 2}, 2, "mesh.expert=2: .* no experts"),
 }
 

@@ -52,7 +52,7 @@ def test_data_that_a_model_cannot_read_is_refused(small, changed):
     task = {"kind": "mqar", "seq_len": 64}
     cfg = changed(small, train={"evaluations": {"recall": {"data": task}}})
     data = build_dataset(cfg.data, batch_size=cfg.train.batch_size)
-    with pytest.raises(UserError, match=r"train.evaluations.recall: its data has 1089 .* model.vocab_size is 264"):
+    with pytest.raises(UserError, match=r"vocab_size=264 is too small: .*train.evaluations.recall has 1089 different tokens"):
         open_measurements(cfg, data)
     short = {"data": {"kind": "mqar", "seq_len": 64, "num_keys": 21}, "seq_len": 128}
     with pytest.raises(UserError, match=r"evaluation recall: num_keys: 21 is fewer than the 42 pairs"):
@@ -61,3 +61,5 @@ def test_data_that_a_model_cannot_read_is_refused(small, changed):
     assert [m.name for m in measured] == ["validation", "more"] and measured[1].data is data
     with pytest.raises(ValueError, match=r"evaluations.validation: is what the run's own"):
         Train(steps=1, batch_size=1, evaluations={"validation": {}})
+    with pytest.raises(ValueError, match=r"'a/b' must be of letters, digits, - and _"):
+        Train(steps=1, batch_size=1, evaluations={"a/b": {}})
