@@ -9,8 +9,10 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.kda import api as kda
 from pallas_kernels.kda import chunk_kda, step_kda
 from pallas_kernels.short_conv import short_conv
+from pallas_kernels.ssd import api as ssd
 
 
 def _never(x, **_):
@@ -22,6 +24,13 @@ TABLE = {
     "middle": Implementation(lambda x, **_: ("middle", x)),
     "slow": Implementation(lambda x, **_: ("slow", x)),
 }
+
+
+@pytest.mark.parametrize("table", [kda.IMPLEMENTATIONS, ssd.IMPLEMENTATIONS], ids=["kda", "ssd"])
+def test_the_definitions_refuse_parts_of_sequences(table):
+    refuse = table["reference"].refuse
+    assert refuse(axis="context") == "axis='context': this form runs on one device"
+    assert refuse(axis=None) is None
 
 
 def test_auto_takes_the_first_that_accepts():

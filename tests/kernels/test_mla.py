@@ -56,6 +56,14 @@ def test_packed_documents(block, monkeypatch):
     np.testing.assert_array_equal(o[np.asarray(IDS) == 0], 0)
 
 
+def test_blocks_of_queries_without_a_shared_key(monkeypatch):
+    monkeypatch.setattr(xla, "BLOCK_T", 8)
+    q, _, k, _, v = arrays()
+    inputs, ids = (q, jnp.zeros((B, T, H, 0)), k, jnp.zeros((B, T, 0)), v), np.ones((B, T), int)
+    want, _ = loop(*inputs, ids, ids, 0, N**-0.5)
+    assert relative(jax.jit(mla_attention)(*inputs)[0], want) <= TOLERANCE["o"]
+
+
 @pytest.mark.parametrize("block", [512, 8])
 def test_queries_at_the_end_of_longer_keys(block, monkeypatch):
     monkeypatch.setattr(xla, "BLOCK_T", block)
