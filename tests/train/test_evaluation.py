@@ -52,7 +52,8 @@ def test_data_that_a_model_cannot_read_is_refused(small, changed):
     task = {"kind": "mqar", "seq_len": 64}
     cfg = changed(small, train={"evaluations": {"recall": {"data": task}}})
     data = build_dataset(cfg.data, batch_size=cfg.train.batch_size)
-    with pytest.raises(UserError, match=r"vocab_size=264 is too small: .*train.evaluations.recall has 1089 different tokens"):
+    message = r"vocab_size=264 is too small: .*train.evaluations.recall has 1089 different tokens"
+    with pytest.raises(UserError, match=message):
         open_measurements(cfg, data)
     short = {"data": {"kind": "mqar", "seq_len": 64, "num_keys": 21}, "seq_len": 128}
     with pytest.raises(UserError, match=r"evaluation recall: num_keys: 21 is fewer than the 42 pairs"):
