@@ -14,9 +14,9 @@ from kimi_jax.train.devices import peak_flops
 
 # On one H100, 2026-11-22 (docs/performance.md); FLOP/s unless said otherwise.
 DENSE, GROUPED, ATTENTION = 650e12, 550e12, 382e12
-KDA_S = 6.6e-9 / (2 * 128 * 128)  # seconds per token, head and state element K V 2, forward and backward
+KDA_S = 4.9e-9 / (2 * 128 * 128)  # seconds per token, head and state element K V 2, forward and backward
 OPTIMIZER_BYTES = 7  # moved per byte of parameter: read and written it is, and two moments; its gradient is read
-ELEMENTWISE_BYTES = 272  # moved per token, layer and channel: what the other figures leave of bench.yaml's 103.6 ms
+ELEMENTWISE_BYTES = 285  # moved per token, layer and channel: what the other figures leave of bench.yaml's 102.1 ms
 SLOWER = 1.15  # than these rates: the upper end of the range
 
 
