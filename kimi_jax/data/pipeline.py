@@ -25,6 +25,8 @@ from kimi_jax.errors import UserError
 type Batch = Mapping[str, np.ndarray]
 type Source = RecordSource | SyntheticSource
 
+BATCH_DTYPES = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_}
+
 VALIDATION_SEED = 0  # validation takes the same records in every run, whatever its seed
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches
 

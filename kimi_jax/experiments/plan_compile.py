@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
 from kimi_jax.config.train import RunConfig
+from kimi_jax.data.pipeline import BATCH_DTYPES
 from kimi_jax.errors import UserError, exit_on_user_error
 from kimi_jax.experiments.plan_collectives import Collective, read_collectives
 from kimi_jax.experiments.plan_hardware import Hardware, as_text, compiler_target, read_hardware, topology_name
@@ -31,7 +31,6 @@ from pallas_kernels import hopper
 
 WITHOUT_A_GPU = "--xla_gpu_autotune_level=0"  # algorithms are not measured
 QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # CPU code that never runs
-BATCH = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def compile_step(cfg: RunConfig, hardware: Hardware) -> Compiled:
     check_run(mesh, cfg)
     recipe, start = Recipe(cfg), time.perf_counter()
     shape, sharding = (cfg.train.batch_size, cfg.data.seq_len), batch_sharding(mesh)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
     state = recipe.abstract_state(mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(build_train_step(recipe), donate_argnums=0, out_shardings=(shardings, None))

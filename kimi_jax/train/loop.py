@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kimi_jax.config.train import RunConfig, SkipNonFinite
-from kimi_jax.data.pipeline import Batch, Dataset, build_dataset, save_tokenizer
+from kimi_jax.data.pipeline import BATCH_DTYPES, Batch, Dataset, build_dataset, save_tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.models.counts import count_flops
 from kimi_jax.parallel.feed import Share, StopVote, place, share_of_batch
@@ -165,10 +165,9 @@ class _Loop:
         """Compiles the training step; returns the seconds it took."""
         start = time.perf_counter()
         rows, seq_len = self.cfg.batch_size, self.recipe.cfg.data.seq_len
-        dtypes = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_}
         batch = {
             name: jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=self.batch_sharding)
-            for name, dtype in dtypes.items()
+            for name, dtype in BATCH_DTYPES.items()
         }
         step = jax.jit(build_train_step(self.recipe), donate_argnums=0, out_shardings=(self.shardings, None))
         try:

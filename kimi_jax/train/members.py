@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 
 from kimi_jax.config.train import RunConfig, SkipNonFinite
-from kimi_jax.data.pipeline import Batch, Dataset, build_dataset, save_tokenizer
+from kimi_jax.data.pipeline import BATCH_DTYPES, Batch, Dataset, build_dataset, save_tokenizer
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.metrics import Sink, read_metrics
 from kimi_jax.train.plot import plot_loss
 from kimi_jax.train.run_dir import RunDir
-
-DTYPES = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_}
 
 
 @dataclass
@@ -72,7 +70,7 @@ class Feed:
 
     def empty(self, size: int) -> Batch:
         """Room for `size` batches: arrays [size, B, T] if all members see the same, else [size, members, B, T]."""
-        return {name: np.zeros((size, *self._shape), dtype) for name, dtype in DTYPES.items()}
+        return {name: np.zeros((size, *self._shape), dtype) for name, dtype in BATCH_DTYPES.items()}
 
     def draw(self, steps: int, size: int) -> Batch:
         """The next batches of all members, in the first `steps` rows of `empty(size)`."""
