@@ -1,13 +1,10 @@
 """Runs the members of a sweep on this machine: a few processes at a time, one GPU each, none twice."""
 
 import contextlib
-import ctypes
 import fcntl
-import functools
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from kimi_jax.experiments.sweep import LOGS, Group, Run
+from kimi_jax.experiments.tethered import tethered
 from kimi_jax.train.run_dir import IN_USE
 from kimi_jax.train.signals import StopRequest
 
@@ -25,7 +23,6 @@ type Unit = Run | Group
 """What one process trains."""
 
 POLL_S = 0.2
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 BUSY_S = 5.0  # before a run that another process holds is looked at again
 
 
@@ -122,12 +119,7 @@ class Local:
         with log.open("ab") as output:  # another launcher's process may be writing, too
             log_start = output.tell()
             handle = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=functools.partial(_end_with, os.getpid()),
+                tethered(command), stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
         return _Process(run, handle, device, time.monotonic(), log, log_start)
 
@@ -149,14 +141,6 @@ class Local:
             waiting.append((time.monotonic() + BUSY_S, run))  # another launcher was quicker, or looked just then
         else:
             note(Outcome(run, "failed", seconds, cause))
-
-
-def _end_with(launcher: int) -> None:
-    """In a new process: has Linux send it SIGTERM, upon which it saves, when the launcher is gone, even by kill -9."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != launcher:  # it was gone before
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _is_held(run: Unit, runs_dir: Path) -> bool:
