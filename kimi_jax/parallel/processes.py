@@ -301,9 +301,14 @@ class _Watch(threading.Thread):
         _exit(_exit_code(error), range(self._place.num_processes))
 
     def part(self) -> None:
-        """Waits until all processes are here; process 0, which serves the others, also until they have gone."""
-        self._parting.set()
+        """Waits until all processes are here; process 0, which serves the others, also until they have gone.
+
+        The watch goes on until then: another process may still fail. None leaves before all watches have ended.
+        """
         _client().wait_at_barrier("kimi_jax/part", WAIT_MS)
+        self._parting.set()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _client().wait_at_barrier("kimi_jax/parted", int(1000 * self._heartbeat_s))
         everyone = range(self._place.num_processes)
         while self._place.process_id == 0 and len(_client().get_live_nodes(everyone)) > 1:
             time.sleep(0.05)

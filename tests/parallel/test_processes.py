@@ -264,6 +264,32 @@ def test_a_killed_process_ends_the_others_with_one_line_each(tmp_path):
         assert ended[number][0] == 1 and ended[number][2] == [line]
 
 
+WAITS = """
+import os, signal, sys, time
+from kimi_jax.parallel.processes import find_place, joined
+number, port = sys.argv[1:]
+with joined(find_place(f"127.0.0.1:{port}", 2, int(number)), heartbeat_s=5):
+    if number == "1":
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_one_that_waits_for_the_end_sees_that_another_is_killed():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    commands = [[sys.executable, "-c", WAITS, number, port] for number in "01"]
+    first, second = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands)
+    try:
+        assert "error: process 0 of 2: process 1 is gone: no sign of life for 5 s" in first.communicate(timeout=60)[1]
+        assert first.returncode == 1
+    finally:
+        first.kill()
+        second.communicate()
+
+
 @pytest.mark.slow
 def test_the_others_end_when_process_0_is_killed(tmp_path):
     with Processes(tmp_path, 2, **ENDLESS) as run:
