@@ -78,13 +78,14 @@ def main() -> int:
         launcher = launch.Local(runs_dir, train, at_once, gpus)
     with catch_stop_signals() as stop:
         outcomes = launcher.launch(units, stop, report)
-    return summarize(outcomes, len(units), console, stop.exit_code)
+    what = f"{len(units)} runs" if len(units) == len(runs) else f"{len(runs)} runs in {len(units)} groups"
+    return summarize(outcomes, what, console, stop.exit_code)
 
 
-def summarize(outcomes: list, num_runs: int, console: Console, stop_code: int) -> int:
+def summarize(outcomes: list, what: str, console: Console, stop_code: int) -> int:
     """Prints how many ended how, and why the failed ones failed; returns the exit code."""
     counts = collections.Counter(outcome.state for outcome in outcomes)
-    console.print(f"{num_runs} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+    console.print(f"{what}: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     for outcome in outcomes:
         if outcome.state == "failed":
             console.print(f"[red]failed[/red] {escape(outcome.run.name)}: {escape(outcome.cause)}", soft_wrap=True)

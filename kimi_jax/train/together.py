@@ -307,6 +307,7 @@ class _Group:
         """Waits for the checkpoints and says how it ended."""
         for member in self.members:
             member.store.wait()
+        for member in self.members:  # once all checkpoints are whole
             if self.ended_early and not member.failure:
                 member.paths.mark_ended(self.step)
         how = "ended early" if self.ended_early else "finished" if self.finished else "stopped"
