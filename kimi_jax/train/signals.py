@@ -5,11 +5,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN_S = 0.05
+ECHO_S = 1.0
 
 
 def exit_code(number: signal.Signals | None) -> int:
@@ -33,18 +35,26 @@ class StopRequest:
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
-    """Notes the first SIGTERM or SIGINT and puts the former handlers back, so that a second one acts as it always did.
+    """Notes the first SIGTERM or SIGINT; a second one acts as it always did.
 
-    Outside the main thread Python allows no handlers; nothing is caught there.
+    The same signal within a second is an echo, not a second one: Linux sends one for each thread of a launcher that is
+    killed, and `timeout` and batch systems send one to a process and one to its group. Outside the main thread Python
+    allows no handlers; nothing is caught there.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
+    first_s = 0.0
+
     def note(number: int, frame: object) -> None:
-        request.signal = signal.Signals(number)
-        restore()
+        nonlocal first_s
+        if request.signal is None:
+            request.signal, first_s = signal.Signals(number), time.monotonic()
+        elif number != request.signal or time.monotonic() - first_s > ECHO_S:
+            restore()
+            signal.raise_signal(number)
 
     former = {number: signal.signal(number, note) for number in SIGNALS}
 

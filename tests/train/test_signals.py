@@ -25,6 +25,16 @@ def test_second_signal_has_its_usual_effect():
         signal.raise_signal(signal.SIGINT)
 
 
+def test_an_echo_of_a_signal_is_no_second_one(monkeypatch):
+    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        monkeypatch.setattr("kimi_jax.train.signals.ECHO_S", 0.0)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the handlers of before are not back")
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     with catch_stop_signals():
