@@ -21,7 +21,7 @@ from kimi_jax.config.train import RunConfig
 from kimi_jax.data.pipeline import BATCH_DTYPES
 from kimi_jax.errors import UserError, exit_on_user_error
 from kimi_jax.experiments.plan_collectives import Collective, read_collectives
-from kimi_jax.experiments.plan_hardware import Hardware, as_text, compiler_target, read_hardware, topology_name
+from kimi_jax.experiments.plan_hardware import Hardware, compiler_target, read_hardware, topology_name
 from kimi_jax.parallel.mesh import build_mesh, check_run
 from kimi_jax.parallel.rules import batch_sharding
 from kimi_jax.train.state import Recipe
@@ -68,7 +68,7 @@ def compile_elsewhere(cfg: RunConfig, hardware: Hardware) -> Compiled:
     environment["JAX_NUM_CPU_DEVICES"] = str(hardware.count)
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {WITHOUT_A_GPU} {QUICKLY}".strip()
     command = [sys.executable, "-m", "kimi_jax.experiments.plan_compile"]
-    request = json.dumps({"config": cfg.model_dump(mode="json"), "hardware": as_text(hardware)})
+    request = json.dumps({"config": cfg.model_dump(mode="json"), "hardware": str(hardware)})
     child = subprocess.run(command, input=request, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
         lines = [line for line in child.stderr.splitlines() if line.strip()] or ["no message"]

@@ -1,6 +1,5 @@
 """The clusters that can be planned for: what their GPUs do, hold and move."""
 
-import dataclasses
 import difflib
 import re
 from dataclasses import dataclass
@@ -44,10 +43,18 @@ USABLE = 0.92  # share of a GPU's memory that a program may plan with: XLA_PYTHO
 
 @dataclass(frozen=True)
 class Hardware:
-    """So many GPUs of one kind."""
+    """So many GPUs of one kind; its text is what `read_hardware` reads."""
 
-    gpu: Gpu
     count: int
+    name: str
+    """A key of GPUS."""
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.name}"
+
+    @property
+    def gpu(self) -> Gpu:
+        return GPUS[self.name]
 
     @property
     def hosts(self) -> int:
@@ -79,15 +86,15 @@ def read_hardware(text: str) -> Hardware:
     found = re.fullmatch(r"([1-9][0-9]*)x([a-z0-9]+)", text.lower())
     if not found:
         raise UserError(f"--hardware={text!r}: must be a number and a kind of GPU, as 64xh100")
-    count, kind = int(found[1]), found[2]
-    if kind not in GPUS:
-        near = difflib.get_close_matches(kind, GPUS, n=1)
+    count, name = int(found[1]), found[2]
+    if name not in GPUS:
+        near = difflib.get_close_matches(name, GPUS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--hardware={text!r}: unknown GPU {kind!r}; known are {', '.join(GPUS)}{hint}")
-    gpu = GPUS[kind]
-    if count > gpu.per_host and count % gpu.per_host:
-        raise UserError(f"--hardware={text!r}: more than one host has whole hosts, multiples of {gpu.per_host} GPUs")
-    return Hardware(gpu, count)
+        raise UserError(f"--hardware={text!r}: unknown GPU {name!r}; known are {', '.join(GPUS)}{hint}")
+    per_host = GPUS[name].per_host
+    if count > per_host and count % per_host:
+        raise UserError(f"--hardware={text!r}: more than one host has whole hosts, multiples of {per_host} GPUs")
+    return Hardware(count, name)
 
 
 def compiler_target(gpu: Gpu) -> str:
@@ -122,9 +129,3 @@ def compiler_target(gpu: Gpu) -> str:
 def topology_name(hardware: Hardware) -> str:
     """Partitions x hosts x GPUs of a host, as `jax.experimental.topologies` wants it."""
     return f"1x{hardware.hosts}x{hardware.count // hardware.hosts}"
-
-
-def as_text(hardware: Hardware) -> str:
-    """The form that `read_hardware` reads."""
-    kind = next(name for name, gpu in GPUS.items() if dataclasses.astuple(gpu) == dataclasses.astuple(hardware.gpu))
-    return f"{hardware.count}x{kind}"

@@ -12,7 +12,7 @@ from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
 from kimi_jax.experiments.plan_collectives import Collective, read_collectives
 from kimi_jax.experiments.plan_compile import compile_elsewhere, compile_step
-from kimi_jax.experiments.plan_hardware import GPUS, as_text, compiler_target, read_hardware, topology_name
+from kimi_jax.experiments.plan_hardware import GPUS, compiler_target, read_hardware, topology_name
 from kimi_jax.experiments.plan_run import Planned, candidates, examine, parse_mesh, plan
 from kimi_jax.experiments.plan_traffic import Traffic, seconds
 from kimi_jax.models.counts import count_parameters
@@ -35,7 +35,7 @@ def debug() -> Planned:
 def test_hardware_is_a_number_and_a_kind():
     hardware = read_hardware("64xH100")
     assert (hardware.count, hardware.hosts, hardware.gpu) == (64, 8, GPUS["h100"])
-    assert as_text(hardware) == "64xh100" and topology_name(hardware) == "1x8x8"
+    assert str(hardware) == "64xh100" and topology_name(hardware) == "1x8x8"
     assert topology_name(read_hardware("2xh200")) == "1x1x2"
     assert "minor: 0" in compiler_target(hardware.gpu)
 
