@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `from_arguments` reads."""
     group = parser.add_argument_group("Slurm", "what each job asks for")
     group.add_argument("--nodes", type=positive, default=1, metavar="N", help="default: %(default)s")
-    group.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    group.add_argument("--gpus-per-node", type=_whole, default=8, metavar="N", help="default: %(default)s")
     group.add_argument("--tasks-per-node", type=positive, metavar="N", help="processes (default: one per GPU)")
     group.add_argument("--time", type=_minutes, default="1-00:00:00", help="[D-]HH:MM:SS or minutes (default: a day)")
     group.add_argument("--save-seconds", type=positive, default=180, metavar="S", help="before the end (default: 180)")
@@ -50,6 +50,12 @@ def from_arguments(arguments: argparse.Namespace) -> Resources:
         save_s=arguments.save_seconds,
         options=dict(arguments.slurm),
     )
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number from 0 on")
+    return int(text)
 
 
 def _minutes(text: str) -> int:

@@ -107,7 +107,10 @@ def _slurm_place(environment: Mapping[str, str]) -> Place | None:
     if tasks == 1:
         return None
     node, local = _number(environment, "SLURM_NODEID") or 0, _number(environment, "SLURM_LOCALID") or 0
-    counts = _expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE") or str(tasks))
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE") or str(tasks)
+    counts = _expand_counts(text)
+    if node >= len(counts):
+        raise UserError(f"SLURM_STEP_TASKS_PER_NODE={text!r}: names no node of SLURM_NODEID={node}")
     return Place("Slurm", tasks, _number(environment, "SLURM_PROCID") or 0, None, local, counts[node])
 
 

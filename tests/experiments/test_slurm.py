@@ -45,7 +45,7 @@ def test_arguments_say_what_a_job_asks_for(capsys):
     assert (asked.nodes, asked.minutes, asked.tasks) == (4, 2 * 1440 + 91, 8)
     assert asked.options == {"partition": "a", "qos": "high"}
     assert parse("--gpus-per-node", "0", "--time", "30").tasks == 1
-    for wrong in (["--time", "1:30"], ["--slurm", "partition"], ["--nodes", "0"]):
+    for wrong in (["--time", "1:30"], ["--slurm", "partition"], ["--nodes", "0"], ["--gpus-per-node", "-1"]):
         with pytest.raises(SystemExit) as ended:
             parse(*wrong)
         assert ended.value.code == 2 and "must be" in capsys.readouterr().err
