@@ -15,6 +15,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_run import tiny_run
 
 from kimi_jax.config.sweep import SweepConfig
 from kimi_jax.errors import UserError
@@ -293,29 +294,13 @@ def test_a_sweep_of_real_runs(tmp_path):
     assert "0 PFLOP left" in dry.stdout, shlex.join(command)
 
 
-TINY = {
-    "model": {
-        "vocab_size": 264,
-        "model_dim": 8,
-        "num_layers": 1,
-        "pattern": ["mla"],
-        "mixers": {
-            "mla": {"kind": "mla", "num_heads": 1, "nope_dim": 4, "rope_dim": 4, "value_dim": 4, "latent_dim": 4}
-        },
-        "ffn": {"kind": "dense", "hidden_dim": 8},
-        "dtype": "float32",
-    },
-    "data": {"kind": "palindrome", "seq_len": 8},
-    "optim": {"kind": "adamw", "peak_lr": 1e-2, "schedule": {"kind": "constant"}},
-    "train": {"steps": 2, "batch_size": 2, "log_every": 1},
-}
 NUM_REAL = int(os.environ.get("KIMI_JAX_SWEEP_RUNS", "40"))
 
 
 @pytest.mark.slow
 def test_real_runs_of_a_killed_launcher_finish_once(tmp_path):
     """The command itself: killed three times with its processes in all states, then run to the end."""
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_run(steps=2)))
     path = write(tmp_path, seeds=list(range(NUM_REAL)), base="tiny.yaml")
     runs, runs_dir = load_sweep(path), tmp_path / "runs"
     command = [sys.executable, "scripts/sweep.py", str(path), "--runs-dir", str(runs_dir), "--at-once", "2"]

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from tiny_run import tiny_run
 
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
@@ -63,6 +64,7 @@ def test_arguments_win_over_the_environment():
     ("environment", "message"),
     [
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, "SLURM_NTASKS=8, but this process was not started by srun"),
+        (SLURM | {"SLURM_NODEID": "2"}, r"SLURM_STEP_TASKS_PER_NODE='4\(x2\)': names no node of SLURM_NODEID=2"),
         ({"JAX_NUM_PROCESSES": "4"}, r"the coordinator \(.*\) and this process's number \(.*\) must be given, too"),
         ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "the number of processes .* must be given"),
         ({"JOB_COMPLETION_INDEX": "3"}, "JOB_COMPLETION_INDEX=3: one of several pods, but JAX_COORDINATOR_ADDRESS"),
@@ -114,29 +116,12 @@ def test_rows_are_placed_where_they_belong():
 
 
 # ------------------------------------------------------------------ whole runs
-TINY = {
-    "model": {
-        "vocab_size": 264,
-        "model_dim": 16,
-        "num_layers": 1,
-        "pattern": ["mla"],
-        "mixers": {
-            "mla": {"kind": "mla", "num_heads": 2, "nope_dim": 8, "rope_dim": 8, "value_dim": 8, "latent_dim": 8}
-        },
-        "ffn": {"kind": "dense", "hidden_dim": 16},
-        "dtype": "float32",
-    },
-    "data": {"kind": "palindrome", "seq_len": 16},
-    "optim": {"kind": "adamw", "peak_lr": 1e-2, "schedule": {"kind": "constant"}},
-    "train": {
-        "steps": 8,
-        "batch_size": 8,
-        "log_every": 1,
-        "validation": {"every": 4, "batches": 1},
-        "checkpoints": {"every": 4},
-        "watchdog": {"heartbeat_s": HEARTBEAT_S},
-    },
-}
+TINY = tiny_run(
+    steps=8,
+    validation={"every": 4, "batches": 1},
+    checkpoints={"every": 4},
+    watchdog={"heartbeat_s": HEARTBEAT_S},
+)
 ENDLESS = {"steps": 10**9, "validation": {"every": 10**9, "batches": 1}, "checkpoints": {"every": 10**9}}
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "1"}
 

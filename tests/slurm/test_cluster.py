@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_run import tiny_run
 
 from kimi_jax.config.train import RunConfig
 from kimi_jax.experiments.sweep import load_sweep
@@ -25,15 +26,13 @@ LIMIT_S = 240
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A config that trains for some seconds."""
-    mla = {"kind": "mla", "num_heads": 2, "nope_dim": 8, "rope_dim": 8, "value_dim": 8, "latent_dim": 8}
-    model = {"vocab_size": 264, "model_dim": 16, "num_layers": 1, "pattern": ["mla"], "mixers": {"mla": mla}}
-    values = {
-        "model": model | {"ffn": {"kind": "dense", "hidden_dim": 16}, "dtype": "float32"},
-        "data": {"kind": "palindrome", "seq_len": 16},
-        "optim": {"kind": "adamw", "peak_lr": 1e-4, "schedule": {"kind": "constant"}},
-        "train": {"steps": STEPS, "batch_size": 8, "log_every": 1, "checkpoints": {"every": 10**6}}
-        | {"validation": {"every": 10**6, "batches": 1}, "watchdog": {"heartbeat_s": 30}},
-    }
+    values = tiny_run(
+        peak_lr=1e-4,
+        steps=STEPS,
+        checkpoints={"every": 10**6},
+        validation={"every": 10**6, "batches": 1},
+        watchdog={"heartbeat_s": 30},
+    )
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
