@@ -9,8 +9,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
+from pallas_kernels.grouped_matmul.product_mosaic_gpu import tile_width
+from pallas_kernels.grouped_matmul.store_mosaic_gpu import Pieces
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, sum_before
+from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
+    WARPGROUPS,
     Work,
     barriers,
     launch,
@@ -18,9 +22,6 @@ from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
     run_tiles,
     swizzled,
 )
-from pallas_kernels.grouped_matmul.product_mosaic_gpu import tile_width
-from pallas_kernels.grouped_matmul.store_mosaic_gpu import Pieces
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, WARPGROUPS, TileConfig, sum_before
 
 TALL = WARPGROUPS * HEIGHT  # rows of a tile of the result, which are columns of x
 

@@ -12,8 +12,9 @@ from pallas_kernels.batching import by_rows
 from pallas_kernels.grouped_matmul.gradient_mosaic_gpu import multiply_transposed
 from pallas_kernels.grouped_matmul.product_mosaic_gpu import multiply_rows
 from pallas_kernels.grouped_matmul.swiglu_mosaic_gpu import swiglu_gradients, swiglu_rows
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, plan_tiles
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, plan_tiles
 from pallas_kernels.hopper import refuse_device
+from pallas_kernels.tiles_mosaic_gpu import ROWS
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 COLUMNS = 64  # to whole multiples of which other widths are filled with zeros: 128 bytes, a row of the fastest layout

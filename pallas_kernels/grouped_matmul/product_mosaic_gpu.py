@@ -9,16 +9,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
+from pallas_kernels.grouped_matmul.store_mosaic_gpu import OwnRows, staging
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, choose_width
+from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
+    ROWS,
     Work,
     barriers,
     launch,
     run_tiles,
     swizzled,
 )
-from pallas_kernels.grouped_matmul.store_mosaic_gpu import OwnRows, staging
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, choose_width
 
 
 class Tile(NamedTuple):

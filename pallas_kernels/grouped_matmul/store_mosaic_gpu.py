@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import HEIGHT, f32, piece_width, swizzled
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, WARPGROUPS, TileConfig
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig
+from pallas_kernels.tiles_mosaic_gpu import HEIGHT, WARPGROUPS, f32, piece_width, swizzled
 
 
 def staging(dtype, config: TileConfig):

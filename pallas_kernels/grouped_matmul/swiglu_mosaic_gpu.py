@@ -9,8 +9,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
+from pallas_kernels.grouped_matmul.product_mosaic_gpu import describe_tiles, tile_width
+from pallas_kernels.grouped_matmul.store_mosaic_gpu import OwnRows, staging
+from pallas_kernels.grouped_matmul.tiles import TILE_COST, TileConfig, choose_width
+from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
+    ROWS,
     Work,
     barriers,
     f32,
@@ -19,9 +23,6 @@ from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
     run_tiles,
     swizzled,
 )
-from pallas_kernels.grouped_matmul.product_mosaic_gpu import describe_tiles, tile_width
-from pallas_kernels.grouped_matmul.store_mosaic_gpu import OwnRows, staging
-from pallas_kernels.grouped_matmul.tiles import ROWS, TILE_COST, TileConfig, choose_width
 
 LOG2_E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA

@@ -5,8 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.tiles_mosaic_gpu import ROWS
+
 ALIGNMENT = 8  # rows; copies into swizzled shared memory start at multiples of it
-ROWS, WARPGROUPS = 128, 2  # of a tile: each of the warpgroups that multiply has half of the rows
 TILE_COST = 40  # columns that a tile costs beside its own: in tiles of 128, products take an eighth longer than of 256
 
 

@@ -11,8 +11,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.batching import by_rows
-from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
+from pallas_kernels.hopper import refuse_device
+from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
+    ROWS,
+    WARPGROUPS,
     Work,
     barriers,
     f32,
@@ -21,8 +24,6 @@ from pallas_kernels.grouped_matmul.pipeline_mosaic_gpu import (
     run_tiles,
     swizzled,
 )
-from pallas_kernels.grouped_matmul.tiles import ROWS, WARPGROUPS
-from pallas_kernels.hopper import refuse_device
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 DEPTH = PIECE = piece_width(jnp.bfloat16)  # columns of a step, and of a piece of the result on its way out

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul import mosaic_gpu, pipeline_mosaic_gpu
+from pallas_kernels import tiles_mosaic_gpu
+from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, ROWS, TileConfig, choose_width, plan_tiles
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, choose_width, plan_tiles
+from pallas_kernels.tiles_mosaic_gpu import ROWS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Largest error over the largest magnitude of the float64 loop; measured 5.7e-7, 7.3e-3 (8.0e-3 by the kernels on an
@@ -177,7 +179,7 @@ def test_tiles_hold_every_row_once_or_with_the_same_bits(seed):
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels on a CPU, one at a time: two in one program can wait for each other's threads."""
-    monkeypatch.setattr(pipeline_mosaic_gpu, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(tiles_mosaic_gpu, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu, "CONFIG", TileConfig(columns=128, stages=2))
     for name in ("multiply_rows", "multiply_transposed", "swiglu_rows", "swiglu_gradients"):
         kernel = getattr(mosaic_gpu, name)
