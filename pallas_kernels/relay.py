@@ -99,14 +99,16 @@ def entering_inputs(
     """
     W = last.shape[1]
     number = number if continued is None else jnp.where(continued, number, W)
-    active = jnp.arange(lax.axis_size(axis)) < lax.axis_index(axis)
+    last, number = lax.all_gather((last, number), axis)
+    before = jnp.arange(len(last)) < lax.axis_index(axis)
+    marked = (jnp.arange(W)[None, None] >= W - number[..., None]) & before[:, None, None]
+    spans, marked = (jnp.concatenate(tuple(x), axis=1) for x in (last, marked))  # [B, devices W, ...]
+    place, found = places_of_last(marked, W)
+    return keep(continued, jnp.where(found[..., None], jnp.take_along_axis(spans, place[..., None], 1), 0))
 
-    def append(inputs, span):
-        last, number, active = span
-        place = jnp.arange(W)[None] + number[:, None]  # in `inputs` followed by the new ones
-        older = jnp.take_along_axis(inputs, jnp.minimum(place, W - 1)[..., None], 1)
-        joined = jnp.where((place < W)[..., None], older, last)
-        return jnp.where(active, joined, inputs), None
 
-    gathered = *lax.all_gather((last, number), axis), active
-    return keep(continued, lax.scan(append, jnp.zeros_like(last), gathered)[0])
+def places_of_last(marked: Bool[Array, "B N"], number: int) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
+    """(where the last M marks of each row stand, in order; which of them there are)."""
+    behind = jnp.cumsum(marked[:, ::-1], axis=1)[:, ::-1]  # marks from here on
+    wanted = marked[:, None] & (behind[:, None] == jnp.arange(number, 0, -1)[None, :, None])
+    return jnp.argmax(wanted, axis=2), jnp.any(wanted, axis=2)

@@ -34,10 +34,8 @@ def last_inputs(
         last = jnp.concatenate([history, x[:, -number:]], axis=1)[:, -number:]
         return last, jnp.full(x.shape[0], min(number, x.shape[1]), jnp.int32)
     tokens, starts = segment_ids != 0, segment_starts(segment_ids)
-    behind = jnp.cumsum(tokens[:, ::-1], axis=1)[:, ::-1]  # tokens from here on
-    wanted = tokens[:, None] & (behind[:, None] == jnp.arange(number, 0, -1)[None, :, None])
-    place = jnp.argmax(wanted, axis=2)
+    place, found = relay.places_of_last(tokens, number)
     document = jnp.cumsum(starts, axis=1)
-    mine = jnp.any(wanted, axis=2) & (jnp.take_along_axis(document, place, axis=1) == document[:, -1:])
+    mine = found & (jnp.take_along_axis(document, place, axis=1) == document[:, -1:])
     last = jnp.where(mine[..., None], jnp.take_along_axis(x, place[..., None], axis=1), 0)
-    return last, jnp.where(document[:, -1] > 0, number, jnp.minimum(behind[:, 0], number))
+    return last, jnp.where(document[:, -1] > 0, number, jnp.sum(found, axis=1, dtype=jnp.int32))
