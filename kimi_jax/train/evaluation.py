@@ -28,11 +28,27 @@ VALIDATION = "validation"
 FIRST_POSITIONS = 64  # tokens of the first bin of positions; each later one begins where its size is
 
 
+def fetch(measured: Mapping[str, Sequence[Sums]], arrived: Callable[[], None]) -> dict[str, list[Sums]]:
+    """Brings what `Evaluator.start` returned to the host, batch by batch.
+
+    Args:
+      measured: sums by evaluation.
+      arrived: called after each batch: a validation that goes on is no silence.
+    """
+
+    def fetch_one(sums: Sums) -> Sums:
+        numbers = jax.device_get(sums)
+        arrived()
+        return numbers
+
+    return {name: [fetch_one(sums) for sums in batches] for name, batches in measured.items()}
+
+
 def mean_metrics(measured: Mapping[str, Sequence[Sums]]) -> dict[str, float]:
     """Means over the scored tokens of all batches of each evaluation, with its name in front; none without a token.
 
     Args:
-      measured: what `Evaluator.start` returned, fetched from the device.
+      measured: what `fetch` returned.
     """
     return {key: value for name, sums in measured.items() for key, value in _means(name, sums).items()}
 

@@ -26,7 +26,7 @@ from kimi_jax.parallel.rules import batch_sharding, sharding_table
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.devices import model_flops_utilization
 from kimi_jax.train.display import Display, Silence
-from kimi_jax.train.evaluation import Evaluator, mean_metrics, open_measurements
+from kimi_jax.train.evaluation import Evaluator, fetch, mean_metrics, open_measurements
 from kimi_jax.train.initial import load_initial
 from kimi_jax.train.metrics import Sink, open_sinks, read_metrics
 from kimi_jax.train.optimizer import assignment_table
@@ -271,7 +271,7 @@ class _Loop:
         with self.meter.paused():
             last, number = step == self.cfg.steps, step // self.cfg.validation.every
             sums = self.evaluator.start(self.state["params"], self.state["buffers"], number, last=last)
-            return mean_metrics(jax.device_get(sums))
+            return mean_metrics(fetch(sums, lambda: self.watchdog.feed(step)))
 
     def _checkpoint(self) -> None:
         """Starts a checkpoint of the current step, all of whose metrics are known to be finite or skipped."""

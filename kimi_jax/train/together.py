@@ -20,7 +20,7 @@ from kimi_jax.data.pipeline import Batch
 from kimi_jax.errors import UserError
 from kimi_jax.parallel.mesh import mesh_shape
 from kimi_jax.train.checkpoint import CheckpointStore
-from kimi_jax.train.evaluation import VALIDATION, Evaluator, Sums, mean_metrics, open_measurements
+from kimi_jax.train.evaluation import VALIDATION, Evaluator, Sums, fetch, mean_metrics, open_measurements
 from kimi_jax.train.members import Feed, Member
 from kimi_jax.train.metrics import open_sinks
 from kimi_jax.train.run_dir import claim, config_differences, record_start
@@ -240,8 +240,8 @@ class _Group:
     def _models(self) -> tuple[Variables, Variables]:
         return self.states["params"], self.states["buffers"]
 
-    def _validation(self, sums: Mapping[str, Sequence[Sums]]) -> Validation:
-        fetched = jax.device_get(sums)
+    def _validation(self, end: int, sums: Mapping[str, Sequence[Sums]]) -> Validation:
+        fetched = fetch(sums, lambda: self.watchdog.feed(end))
         of_member = lambda i: jax.tree.map(lambda x: x[i], fetched)
         found = [mean_metrics(of_member(i)) for i in range(len(self.members))]
         for member, metrics in zip(self.members, found, strict=True):
@@ -256,7 +256,7 @@ class _Group:
             self.watchdog.feed(end)
             self.clock.add(int(metrics["tokens"].sum()))
             rate = self.clock.lap() if sums else None
-            validation = self._validation(sums) if sums else None
+            validation = self._validation(end, sums) if sums else None
             for at, step in enumerate(range(end - steps + 1, end + 1)):
                 rows = {name: x[at] for name, x in metrics.items()}
                 self._write(step, rows, *((rate, validation) if step == end else (None, None)))

@@ -8,7 +8,14 @@ from kimi_jax.config.evaluation import Evaluation
 from kimi_jax.config.train import Train
 from kimi_jax.data.pipeline import build_dataset
 from kimi_jax.errors import UserError
-from kimi_jax.train.evaluation import Measurement, first_position, mean_metrics, open_measurements, sums_by_position
+from kimi_jax.train.evaluation import (
+    Measurement,
+    fetch,
+    first_position,
+    mean_metrics,
+    open_measurements,
+    sums_by_position,
+)
 
 
 def test_positions_count_from_the_start_of_each_document():
@@ -41,6 +48,12 @@ def test_means_are_over_the_tokens_of_all_batches():
         "b_loss_nats_from_0": 2,
     }
     assert mean_metrics({"c": []}) == {}
+
+
+def test_each_batch_of_a_validation_is_a_sign_of_life():
+    arrived = []
+    found = fetch({"a": [{"tokens": jnp.int32(i)} for i in range(3)], "b": []}, lambda: arrived.append(len(arrived)))
+    assert found == {"a": [{"tokens": i} for i in range(3)], "b": []} and arrived == [0, 1, 2]
 
 
 def test_an_evaluation_comes_with_every_so_many_validations_and_at_the_end():
