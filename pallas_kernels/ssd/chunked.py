@@ -1,4 +1,4 @@
-"""Scalar-decay linear attention chunk by chunk in plain JAX: any device, any length; every exponent is <= 0.
+"""Scalar-decay linear attention by chunks in plain JAX: any device, any length; every exponent is <= 0.
 
 With L_ij = exp(sum of g over j < l <= i), a chunk that starts from state S gives
   o_i = exp(g_1 + ... + g_i) S q_i + sum_{j <= i} L_ij beta_j (q_i . k_j) v_j  and
@@ -6,9 +6,11 @@ With L_ij = exp(sum of g over j < l <= i), a chunk that starts from state S give
 The sums are formed per pair, not as differences of cumulative sums, which would cancel after one strong decay.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels import relay
 from pallas_kernels.segments import segment_starts
@@ -34,7 +36,10 @@ def chunk_ssd(
     tile: int | None,
     axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
-    """See `pallas_kernels.ssd.api.chunk_ssd`; the backward pass keeps one state per chunk and recomputes the rest."""
+    """See `pallas_kernels.ssd.api.chunk_ssd`; the backward pass keeps one state per chunk and recomputes the rest.
+
+    Chunks are worked on at the same time, as M = B N rows; only their states are passed on one after the other.
+    """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     chunk = min(tile or CHUNK, T)
@@ -46,22 +51,31 @@ def chunk_ssd(
             return x
         return jnp.where((segment_ids != 0).reshape(B, T, *(1,) * (x.ndim - 2)), x, 0)
 
-    def split(x):  # [B, T, ...] -> [N, B, C, ...], the last chunk filled up with g = beta = 0
+    def split(x):  # [B, T, ...] -> [B N, C, ...], the last chunk filled up with g = beta = 0
         x = jnp.pad(x, [(0, 0), (0, -T % chunk), *((0, 0),) * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+        return x.reshape(-1, chunk, *x.shape[2:])
 
-    @jax.checkpoint
-    def body(state, inputs):
-        starts_BC, q, k, v, g, beta = inputs
-        q, k = (jnp.repeat(x.astype(dtype), HV // H, axis=2) for x in (q, k))
-        return _run_chunk(state, q * scale, k, v.astype(dtype), g.astype(dtype), beta.astype(dtype), starts_BC)
+    def in_order(x):  # [B N, ...] -> [N, B, ...]
+        return jnp.moveaxis(x.reshape(B, -1, *x.shape[1:]), 1, 0)
+
+    def pass_on(state, added_and_kept):
+        added, kept = added_and_kept
+        return kept[..., None, None] * state + added, state
 
     first = jnp.zeros((B, HV, V, K), dtype) if initial_state is None else initial_state.astype(dtype)
-    inputs = (split(starts), *(split(clean(x)) for x in (q, k, v, g, beta)))
+    starts_MC, *inputs = (split(starts), *(split(clean(x)) for x in (q, k, v, g, beta)))
+    q_MCHK, k_MCHK = (jnp.repeat(x, HV // H, axis=2) for x in inputs[:2])
+    q_MCHK = q_MCHK.astype(dtype)  # before it is used twice: gradients are summed in this dtype
+    within = jax.checkpoint(functools.partial(_within_chunks, dtype))
+    o, added, kept = within(starts_MC, q_MCHK, k_MCHK, *inputs[2:])
+    chunks = in_order(added), in_order(kept)
     if axis is not None:
-        first = _state_of_devices_before(jax.lax.scan(body, first, inputs)[0], clean(g), segment_ids, axis)
-    final, o = jax.lax.scan(body, first, inputs)
-    o = jnp.moveaxis(o, 0, 1).reshape(B, -1, HV, V)[:, :T]
+        ended = jax.lax.scan(pass_on, first, chunks)[0]
+        first = _state_of_devices_before(ended, clean(g), segment_ids, axis)
+    final, states = jax.lax.scan(pass_on, first, chunks)
+    states_MHVK = jnp.moveaxis(states, 0, 1).reshape(added.shape)
+    o += jax.checkpoint(_from_states)(starts_MC, q_MCHK, inputs[3], states_MHVK)
+    o = (o * scale).reshape(B, -1, HV, V)[:, :T]
     return clean(o).astype(v.dtype), relay.of_last_device(final, axis) if axis else final
 
 
@@ -80,23 +94,33 @@ def _state_of_devices_before(
     return relay.keep(continued, relay.entering_state(added, applied, axis))
 
 
-def _run_chunk(state: Float[Array, "B H V K"], q, k, v, g, beta, starts: Bool[Array, "B C"]):
-    """One chunk, all heads: q, k [B, C, H, K], v [B, C, H, V], g, beta [B, C, H]."""
-    document_BC = jnp.cumsum(starts, axis=1)  # 0: the document that the state belongs to
-    g_BHC, beta_BHC = jnp.moveaxis(g, 1, 2), jnp.moveaxis(beta, 1, 2)
-    decay_BHCC = _pair_decay(g_BHC, document_BC)
-    scores_BHCC = jnp.einsum("BIHK,BJHK->BHIJ", q, k) * decay_BHCC * beta_BHC[:, :, None, :]
-    carry_BHC = jnp.exp(jnp.cumsum(g_BHC, axis=2)) * (document_BC == 0)[:, None]
-    o = jnp.einsum("BHIJ,BJHV->BIHV", scores_BHCC, v)
-    o += jnp.einsum("BHVK,BIHK,BHI->BIHV", state, q, carry_BHC)
-    kept = jnp.einsum("BHJ,BJHV,BJHK->BHVK", decay_BHCC[:, :, -1] * beta_BHC, v, k)
-    return carry_BHC[:, :, -1, None, None] * state + kept, o
+def _within_chunks(dtype: DTypeLike, starts: Bool[Array, "M C"], q, k, v, g, beta):
+    """What chunks [M, C, HV, ...] do by themselves: outputs, what they add to the state, what they keep of it."""
+    k, v, g, beta = (x.astype(dtype) for x in (k, v, g, beta))
+    document_MC = jnp.cumsum(starts, axis=1)  # 0: the document that the state belongs to
+    g_MHC, beta_MHC = jnp.moveaxis(g, 1, 2), jnp.moveaxis(beta, 1, 2)
+    decay_MHCC = _pair_decay(g_MHC, document_MC)
+    scores_MHCC = jnp.einsum("MIHK,MJHK->MHIJ", q, k) * decay_MHCC * beta_MHC[:, :, None, :]
+    o = jnp.einsum("MHIJ,MJHV->MIHV", scores_MHCC, v)
+    added = jnp.einsum("MHJ,MJHV,MJHK->MHVK", decay_MHCC[:, :, -1] * beta_MHC, v, k)
+    return o, added, _carry(g_MHC, document_MC)[:, :, -1]
 
 
-def _pair_decay(g_BHC: Float[Array, "B H C"], document_BC: Int[Array, "B C"]) -> Float[Array, "B H C C"]:
+def _from_states(starts: Bool[Array, "M C"], q, g, states: Float[Array, "M H V K"]) -> Float[Array, "M C H V"]:
+    """What the states that enter the chunks add to their outputs."""
+    carry_MHC = _carry(jnp.moveaxis(g.astype(q.dtype), 1, 2), jnp.cumsum(starts, axis=1))
+    return jnp.einsum("MHVK,MIHK,MHI->MIHV", states, q, carry_MHC)
+
+
+def _carry(g_MHC: Float[Array, "M H C"], document_MC: Int[Array, "M C"]) -> Float[Array, "M H C"]:
+    """What is left of the entering state at each token."""
+    return jnp.exp(jnp.cumsum(g_MHC, axis=2)) * (document_MC == 0)[:, None]
+
+
+def _pair_decay(g_MHC: Float[Array, "M H C"], document_MC: Int[Array, "M C"]) -> Float[Array, "M H C C"]:
     """exp(sum of g over j < l <= i) for j <= i of one document, else 0."""
-    C = g_BHC.shape[2]
+    C = g_MHC.shape[2]
     row, column = jnp.arange(C)[:, None], jnp.arange(C)[None, :]
-    after = jnp.where((row > column)[None, None], g_BHC[..., None], 0)  # g_l where l > j
-    visible_BCC = (document_BC[:, :, None] == document_BC[:, None, :]) & (row >= column)[None]
-    return jnp.exp(jnp.where(visible_BCC[:, None], jnp.cumsum(after, axis=2), -jnp.inf))
+    after = jnp.where((row > column)[None, None], g_MHC[..., None], 0)  # g_l where l > j
+    visible_MCC = (document_MC[:, :, None] == document_MC[:, None, :]) & (row >= column)[None]
+    return jnp.exp(jnp.where(visible_MCC[:, None], jnp.cumsum(after, axis=2), -jnp.inf))
