@@ -50,7 +50,7 @@ def partition(run: Callable[..., Any], axes: Axes, args: tuple, kwargs: Mapping[
     An axis that does not divide the sizes of its letter leaves them whole, and its devices do the same work.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    free = _free_axes(mesh)
     if math.prod(mesh.shape[name] for name in free) == 1:
         return run(*args, **kwargs)
     leaves, structure = jax.tree.flatten((args, dict(kwargs)))
@@ -113,3 +113,15 @@ def _spec(label: str, parts: Mapping[str, tuple[str, ...]]) -> P:
 def _combine(x: Any, label: str, parts: Mapping[str, tuple[str, ...]]) -> Any:
     over = [name for letter in label.partition("^")[2] for name in parts[letter]]
     return jax.lax.pmax(jax.lax.stop_gradient(x), over) if over else x
+
+
+def refuse_cut_matrices(*_: Any, **__: Any) -> str | None:
+    """For an implementation that takes whole matrices: XLA cuts them over mesh axes that no `shard_map` has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = [name for name in _free_axes(mesh) if mesh.shape[name] > 1]
+    return f"this form takes whole matrices, and the mesh may cut them over {', '.join(names)}" if names else None
+
+
+def _free_axes(mesh: AbstractMesh) -> list[str]:
+    """Axes that XLA still distributes."""
+    return [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]

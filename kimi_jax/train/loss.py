@@ -10,10 +10,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.parallel.context import over_tokens
+from pallas_kernels.logits.api import Logits, is_target, logits
 
-CHUNK_ELEMENTS = 2**27  # float32 logits that exist at once on a device unless the caller says otherwise: 512 MiB
-
-LOWEST = -1e30  # finite: the difference of two of them is 0, not NaN
+CHUNK_TOKENS = 4096  # per chunk: of fewer, the products and the sum of the weight's gradient become slow,
+CHUNK_BYTES = 2**32  # unless their logits (4 bytes) and the gradient of these (2) take more than this
+LOGIT_BYTES = 6
 
 
 class Losses(NamedTuple):
@@ -38,7 +39,7 @@ class TokenLosses(NamedTuple):
 
 def choose_chunk(vocab: int) -> int:
     """Tokens per chunk: the fewer chunks, the less often the weight's gradient is read and written."""
-    return max(1, CHUNK_ELEMENTS // vocab)
+    return max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (LOGIT_BYTES * vocab)))
 
 
 def token_cross_entropy(
@@ -70,12 +71,11 @@ def _token_cross_entropy(hidden_BTD, weight_DA, targets_BT, mask_BT, chunk: int 
 
     def per_chunk(_, inputs):
         hidden_BCD, targets_BC, mask_BC = inputs
-        logits = _logits(hidden_BCD, weight)
-        lse = _log_sum_exp(logits)
+        values, lse, target = _logits(hidden_BCD, weight, targets_BC, "xla")  # in float32: rounding makes equals
         losses = TokenLosses(
-            cross_entropy=_masked(mask_BC, lse - _target_logit(logits, targets_BC)),
+            cross_entropy=_masked(mask_BC, lse - target),
             log_sum_exp=_masked(mask_BC, lse),
-            correct=mask_BC & (jnp.argmax(logits, axis=-1) == targets_BC),
+            correct=mask_BC & (jnp.argmax(values, axis=-1) == targets_BC),
         )
         return None, losses
 
@@ -126,15 +126,11 @@ def _forward(hidden_BTD, weight_DA, targets_BT, mask_BT, count, z_weight, chunk)
     def per_chunk(carry, inputs):
         (loss_sum, square_sum), d_weight = carry
         hidden, targets, mask = inputs
-        logits = _logits(hidden, weight)
-        lse = _log_sum_exp(logits)
-        sums = (
-            loss_sum + jnp.sum(_masked(mask, lse - _target_logit(logits, targets))),
-            square_sum + jnp.sum(_masked(mask, jnp.square(lse))),
-        )
+        values, lse, target = _logits(hidden, weight, targets, "auto")
+        sums = loss_sum + jnp.sum(_masked(mask, lse - target)), square_sum + jnp.sum(_masked(mask, jnp.square(lse)))
         scale = _masked(mask, 1 / count)[..., None]
         slope = scale * (1 + 2 * z_weight * lse[..., None])
-        d_logits = slope * jnp.exp(logits - lse[..., None]) - jnp.where(_is_target(targets, logits), scale, 0.0)
+        d_logits = slope * jnp.exp(values - lse[..., None]) - jnp.where(is_target(targets, values), scale, 0.0)
         d_logits = _masked(mask[..., None], d_logits).astype(hidden.dtype)  # both products run in the compute dtype
         d_weight += jnp.einsum("BCD,BCA->DA", hidden, d_logits, preferred_element_type=jnp.float32)
         d_hidden = jnp.einsum("BCA,DA->BCD", d_logits, weight, preferred_element_type=jnp.float32)
@@ -160,34 +156,10 @@ _mean_cross_entropy.defvjp(_forward, _backward)
 
 
 # ------------------------------------------------------------------ one chunk
-def _logits(hidden_BCD: Array, weight_DA: Array) -> Float[Array, "B C A"]:
-    return jnp.einsum("BCD,DA->BCA", hidden_BCD, weight_DA, preferred_element_type=jnp.float32)
-
-
-def _log_sum_exp(logits_BCA: Float[Array, "B C A"]) -> Float[Array, "B C"]:
-    two_passes = functools.partial(jax.nn.logsumexp, axis=-1)  # XLA vectorises it on a CPU, the other one not
-    return lax.platform_dependent(logits_BCA, cpu=two_passes, default=log_sum_exp_in_one_pass)
-
-
-def log_sum_exp_in_one_pass(logits_BCA: Float[Array, "B C A"]) -> Float[Array, "B C"]:
-    """Reads the logits once: (largest so far, sum relative to it) is merged pairwise, in any order."""
-
-    def merge(a, b):
-        peak = jnp.maximum(a[0], b[0])
-        return peak, a[1] * jnp.exp(a[0] - peak) + b[1] * jnp.exp(b[0] - peak)
-
-    empty = (jnp.float32(LOWEST), jnp.float32(0))
-    peak, total = lax.reduce((logits_BCA, jnp.ones_like(logits_BCA)), empty, merge, (2,))
-    return peak + jnp.log(total)
-
-
-def _is_target(targets_BC: Array, logits_BCA: Array) -> Bool[Array, "B C A"]:
-    # A comparison instead of a gather: it fuses into the reductions and needs no exchange when A is sharded.
-    return targets_BC[..., None] == lax.broadcasted_iota(targets_BC.dtype, logits_BCA.shape, 2)
-
-
-def _target_logit(logits_BCA: Array, targets_BC: Array) -> Float[Array, "B C"]:
-    return jnp.sum(jnp.where(_is_target(targets_BC, logits_BCA), logits_BCA, 0.0), axis=-1)
+def _logits(hidden_BCD: Array, weight_DA: Array, targets_BC: Array, implementation: str) -> Logits:
+    x_MD, targets_M = hidden_BCD.reshape(-1, hidden_BCD.shape[2]), targets_BC.reshape(-1)
+    rows = logits(x_MD, weight_DA, targets_M, implementation=implementation)
+    return jax.tree.map(lambda x: x.reshape(*targets_BC.shape, *x.shape[1:]), rows)
 
 
 def _masked(mask: Bool[Array, "..."], x: Array) -> Array:

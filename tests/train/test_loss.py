@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from kimi_jax.train.loss import (
-    CHUNK_ELEMENTS,
+    CHUNK_BYTES,
+    CHUNK_TOKENS,
+    LOGIT_BYTES,
     choose_chunk,
-    log_sum_exp_in_one_pass,
     mean_cross_entropy,
     token_cross_entropy,
 )
+from pallas_kernels.logits.xla import log_sum_exp_in_one_pass
 
 B, T, D, A = 2, 37, 16, 101
 CHUNKS = [1, 24, None]  # tokens: less than one column, T no multiple of 12 columns, all at once
@@ -131,9 +133,10 @@ def test_one_pass_over_the_logits():
     np.testing.assert_allclose(jax.jit(log_sum_exp_in_one_pass)(logits), want, rtol=1e-6)
 
 
-def test_the_default_chunk_has_half_a_gibibyte_of_logits():
-    assert choose_chunk(32768) * 32768 == CHUNK_ELEMENTS
-    assert choose_chunk(CHUNK_ELEMENTS + 1) == 1
+def test_the_default_chunk_is_bounded_in_tokens_and_in_bytes():
+    assert choose_chunk(32768) == CHUNK_TOKENS
+    assert choose_chunk(2**19) == CHUNK_BYTES // (LOGIT_BYTES * 2**19) < CHUNK_TOKENS
+    assert choose_chunk(CHUNK_BYTES) == 1
 
 
 def _sizes(jaxpr):

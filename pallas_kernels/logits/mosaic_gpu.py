@@ -1,0 +1,122 @@
+"""Logits on Hopper: float32 sums rounded to float16 once, and their exponentials summed before they leave the chip."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hopper import refuse_device
+from pallas_kernels.partition import refuse_cut_matrices
+from pallas_kernels.tiles_mosaic_gpu import (
+    HEIGHT,
+    ROWS,
+    WARPGROUPS,
+    Work,
+    barriers,
+    f32,
+    launch,
+    piece_width,
+    run_tiles,
+    swizzled,
+)
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+RESULT = jnp.float16  # three bits more than bfloat16: errors like those of rounding the gradient of the logits
+DEPTH = PIECE = piece_width(RESULT)  # columns of a step, and of a piece of the result on its way out
+WIDTHS = (256, 192, 128)  # of tiles; the vocabulary is a multiple of one, so that no column beyond it is summed
+STAGES, SLOTS = 4, 2  # steps in shared memory; pieces per warpgroup on their way
+LOG2_E = math.log2(math.e)
+
+
+class Tile(NamedTuple):
+    """One tile of the logits."""
+
+    row: Array
+    column: Array
+    steps: Array
+
+
+def refuse(x, weight, targets) -> str | None:
+    """Refuses all but Hopper GPUs, 16-bit rows and vocabularies of whole tiles."""
+    return refuse_device() or refuse_cut_matrices() or unserved(x, weight)
+
+
+def unserved(x, weight) -> str | None:
+    """The part of `refuse` that does not ask for devices."""
+    if x.dtype not in DTYPES:
+        return f"x must be bfloat16 or float16, got {x.dtype}"
+    if x.shape[1] % 8:
+        return f"rows must be multiples of 8 wide, got {x.shape[1]}"
+    if _tile_width(weight.shape[1]) is None:
+        return f"the vocabulary must be a multiple of one of {WIDTHS}, got {weight.shape[1]}"
+    return None
+
+
+def _tile_width(columns: int) -> int | None:
+    return next((width for width in WIDTHS if columns % width == 0), None)
+
+
+@jax.custom_batching.sequential_vmap
+def logits(
+    x: Float[Array, "M D"], weight: Float[Array, "D A"], targets: Int[Array, "M"]
+) -> tuple[Float[Array, "M A"], Float[Array, "M"], Float[Array, "M"]]:
+    """See `api.logits`; tiles that share columns of the weight are neighbours, so that it is read once."""
+    (M, D), A = x.shape, weight.shape[1]
+    width = _tile_width(A)
+    down, across, steps = -(-M // ROWS), A // width, -(-D // DEPTH)
+
+    def kernel(x, weight, values, sums, left, right, staged, vectors, full, empty):
+        warpgroup = lax.axis_index("warpgroup")
+        mine = pl.ds(warpgroup * HEIGHT, HEIGHT)
+
+        def describe(number):
+            return Tile(lax.rem(number, down), lax.div(number, down), jnp.int32(steps))
+
+        def load(tile, step, slot):
+            ks, columns = pl.ds(step * DEPTH, DEPTH), pl.ds(tile.column * width, width)
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(tile.row * ROWS, ROWS), ks], left.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(weight.at[ks, columns], right.at[slot], full.at[slot])
+
+        def multiply(tile, step, slot, accumulators):
+            plgpu.wgmma(accumulators[0], left.at[slot, mine], right.at[slot])
+
+        def finish(tile, accumulated, take):
+            rows = pl.ds(tile.row * ROWS + warpgroup * HEIGHT, HEIGHT)
+            # Without the barrier the compiler reads accumulators while products run, and serialises these.
+            rounded = lax.optimization_barrier(accumulated[0].astype(RESULT))
+            for i in range(width // PIECE):
+                slot, first = staged.at[warpgroup, i % SLOTS], i * PIECE
+                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+                slot[...] = rounded[:, first : first + PIECE]
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(slot, values.at[rows, pl.ds(tile.column * width + first, PIECE)])
+            vectors[warpgroup] = _log_sum_exp(rounded.astype(f32))
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(vectors.at[warpgroup], sums.at[tile.column, rows])
+
+        work = Work(describe, load, multiply, finish)
+        run_tiles(work, jnp.int32(down * across), [(HEIGHT, width)], full, empty)
+
+    scratch = [
+        swizzled(STAGES, ROWS, DEPTH, dtype=x.dtype),
+        swizzled(STAGES, DEPTH, width, dtype=x.dtype),
+        swizzled(WARPGROUPS, SLOTS, HEIGHT, PIECE, dtype=RESULT),
+        plgpu.SMEM((WARPGROUPS, HEIGHT), f32),
+        *barriers(STAGES, 2),
+    ]
+    results = [jax.ShapeDtypeStruct((M, A), RESULT), jax.ShapeDtypeStruct((across, down * ROWS), f32)]
+    values, sums = launch(kernel, results, scratch)(x, weight)
+    target = jnp.take_along_axis(values, targets[:, None], axis=1)[:, 0].astype(f32)
+    return values, jax.nn.logsumexp(sums[:, :M], axis=0), target
+
+
+def _log_sum_exp(values: Float[Array, "R C"]) -> Float[Array, "R"]:
+    """Of each row; two rows of a warpgroup's part of a tile share no thread."""
+    peak = jnp.max(values, 1) * LOG2_E
+    total = jnp.sum(jnp.exp2(values * LOG2_E - lax.broadcast_in_dim(peak, values.shape, (0,))), 1)
+    return peak / LOG2_E + lax.log(total)
