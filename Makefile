@@ -44,8 +44,10 @@ test-slurm: $(STAMP)
 test-multi-device: $(STAMP)
 	JAX_NUM_CPU_DEVICES=8 $(PY) -m pytest -m multi_device
 
+# nearly all of it is compilation, a core per worker; each takes only the memory it needs of the one GPU
 test-gpu: $(STAMP)
-	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	  $(PY) -m pytest -n auto --maxprocesses 16 --dist worksteal -m gpu
 
 parity: $(STAMP) $(REFERENCE)/.installed
 	KIMI_JAX_REFERENCE_PYTHON=$(CURDIR)/$(REFERENCE)/bin/python KIMI_JAX_PARITY_TABLE=$(CURDIR)/build/parity.md \

@@ -61,7 +61,7 @@ def _core(eps: float, activation: str, x: Float[Array, "M R V"], logits, weight:
 def _run(eps: float, activation: str, x, logits, weight):
     M, R, V = x.shape
 
-    def kernel(x, logits, weight, y):
+    def gated_norm_forward(x, logits, weight, y):
         x, logits, weight, y = _of_model(x, logits, weight, y)
         gain = plgpu.load(weight, layout=CHANNELS, optimized=False)
         at = [pl.ds((lax.axis_index("block") * TILES + i) * ROWS, ROWS) for i in range(TILES)]
@@ -70,7 +70,7 @@ def _run(eps: float, activation: str, x, logits, weight):
             gate, _ = _activate(activation, z)
             y.at[rows][...] = (wide * _by_row(_root(wide, eps), V) * _by_channel(gain) * gate).astype(y.dtype)
 
-    launch = _launch(kernel, jax.ShapeDtypeStruct(x.shape, logits.dtype), (M, R // (ROWS * TILES)))
+    launch = _launch(gated_norm_forward, jax.ShapeDtypeStruct(x.shape, logits.dtype), (M, R // (ROWS * TILES)))
     return launch(x, logits, weight)
 
 
@@ -87,7 +87,7 @@ def _run_backward(eps, activation, x, logits, weight, dy):
     groups = R // (ROWS * TILES)
     blocks = pl.cdiv(groups, ROUNDS)
 
-    def kernel(*refs):
+    def gated_norm_backward(*refs):
         x, logits, weight, dy, dx, d_logits, d_weight = _of_model(*refs)
         gain = plgpu.load(weight, layout=CHANNELS, optimized=False)
         block = lax.axis_index("block")
@@ -112,7 +112,7 @@ def _run_backward(eps, activation, x, logits, weight, dy):
 
     struct = jax.ShapeDtypeStruct
     outs = [struct(x.shape, x.dtype), struct(x.shape, logits.dtype), struct((M, blocks, ROWS, V), f32)]
-    dx, d_logits, d_weight = _launch(kernel, outs, (M, blocks))(x, logits, weight, dy)
+    dx, d_logits, d_weight = _launch(gated_norm_backward, outs, (M, blocks))(x, logits, weight, dy)
     return dx, d_logits, jnp.sum(d_weight, axis=(1, 2))
 
 

@@ -59,7 +59,7 @@ def multiply_transposed(
     bounds = _largest_first(group_sizes.astype(jnp.int32))
     layout = plgpu.Layout.WGMMA
 
-    def kernel(bounds, x, dy, dw, left, right, slots, full, empty):
+    def grouped_matrix_gradient(bounds, x, dy, dw, left, right, slots, full, empty):
         warpgroup = lax.axis_index("warpgroup")
         mine = warpgroup * HEIGHT
 
@@ -103,7 +103,7 @@ def multiply_transposed(
         swizzled(WARPGROUPS, config.slots, HEIGHT, piece_width(dtype), dtype=dtype),
         *barriers(stages, 2),
     ]
-    return launch(kernel, jax.ShapeDtypeStruct((num_groups, D, F), dtype), scratch)(bounds, x, dy)
+    return launch(grouped_matrix_gradient, jax.ShapeDtypeStruct((num_groups, D, F), dtype), scratch)(bounds, x, dy)
 
 
 def _largest_first(group_sizes: Int[Array, "E"]) -> Int[Array, "E 3"]:

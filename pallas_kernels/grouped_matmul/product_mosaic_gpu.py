@@ -53,7 +53,7 @@ def multiply_rows(
     width = tile_width(N, config.columns)
     steps, across = K // depth, -(-N // width)
 
-    def kernel(tiles, count, *refs):
+    def grouped_product(tiles, count, *refs):
         operands, (y, left, right, staged, full, empty) = refs[: 2 * len(pairs)], refs[2 * len(pairs) :]
         mine = lax.axis_index("warpgroup") * HEIGHT
 
@@ -84,7 +84,7 @@ def multiply_rows(
         staging(x.dtype, config),
         *barriers(stages, 2),
     ]
-    run = launch(kernel, jax.ShapeDtypeStruct((num_rows, N), x.dtype), scratch)
+    run = launch(grouped_product, jax.ShapeDtypeStruct((num_rows, N), x.dtype), scratch)
     return run(*plan, *[array for pair in pairs for array in pair])
 
 

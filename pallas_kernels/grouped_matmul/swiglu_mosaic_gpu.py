@@ -46,7 +46,7 @@ def swiglu_rows(
     width = _half_width(F, config.columns // 2)
     across = -(-F // width)
 
-    def kernel(tiles, count, x, gate, up, scale, h, g, u, left, right, staged, full, empty):
+    def grouped_swiglu(tiles, count, x, gate, up, scale, h, g, u, left, right, staged, full, empty):
         mine = pl.ds(lax.axis_index("warpgroup") * HEIGHT, HEIGHT)
 
         def load(tile, step, slot):
@@ -76,7 +76,7 @@ def swiglu_rows(
         *barriers(stages, 3),
     ]
     result = jax.ShapeDtypeStruct((num_rows, F), dtype)
-    return launch(kernel, [result] * 3, scratch)(*plan, x, gate, up, scale)
+    return launch(grouped_swiglu, [result] * 3, scratch)(*plan, x, gate, up, scale)
 
 
 def swiglu_gradients(
@@ -101,7 +101,9 @@ def swiglu_gradients(
     width = tile_width(F, config.columns)
     across, pieces = -(-F // width), width // depth
 
-    def kernel(tiles, count, dy, down, g, u, scale, h, dg, du, d_scale, left, right, staged, full, empty):
+    def grouped_swiglu_gradient(
+        tiles, count, dy, down, g, u, scale, h, dg, du, d_scale, left, right, staged, full, empty
+    ):
         mine = pl.ds(lax.axis_index("warpgroup") * HEIGHT, HEIGHT)
 
         def load(tile, step, slot):
@@ -150,7 +152,7 @@ def swiglu_gradients(
     ]
     result = jax.ShapeDtypeStruct((num_rows, F), dtype)
     sums = jax.ShapeDtypeStruct((across, num_rows, piece_width(f32)), f32)  # whole rows: smaller copies are misaligned
-    *results, d_scale = launch(kernel, [result] * 3 + [sums], scratch)(*plan, dy, down, g, u, scale)
+    *results, d_scale = launch(grouped_swiglu_gradient, [result] * 3 + [sums], scratch)(*plan, dy, down, g, u, scale)
     return *results, jnp.sum(d_scale[:, :, 0], 0)
 
 

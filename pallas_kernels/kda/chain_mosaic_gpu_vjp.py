@@ -5,25 +5,39 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
-from pallas_kernels.kda.prepare_mosaic_gpu import ROWS, C, by_column, f16, f32, products, tile
+from pallas_kernels.kda.chunk_mosaic_gpu import MEMORY_REGISTERS, STAGES, STRIP, block
+from pallas_kernels.kda.prepare_mosaic_gpu import ROWS, C, Prepared, by_column, f16, f32, products, tile
 
-STRIP = 64  # value rows of the state per warpgroup
-STAGES = 2  # chunks in flight from device memory
 _COLUMNS = ROWS.reduce(0)  # layout of one value per column
-_SWIZZLED = tile(8, 64).transforms
 
 
-def reverse_chain(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal):
-    """See `mirror_vjp.reverse`, with [B * HV, NT, ...] for [B, HV, NT, ...].
+def reverse_chain(
+    prepared: Prepared,
+    beta: Float[Array, "BH N C"],
+    do_scale: Float[Array, "BH N C"],
+    do: Float[Array, "B T HV V"],
+    dfinal: Float[Array, "BH V K"],
+) -> tuple[Float[Array, "BH N V K"], Float[Array, "BH N C V"], Float[Array, "BH V K"]]:
+    """Runs the chunks from the last to the first; S is the state, Vn and R as in `chunk_mosaic_gpu.run_segments`:
 
-    Here `do` is unscaled, [B,T,HV,V], `do_scale` [B*HV,NT,C] is 0 at padding, and `dfinal` is [B*HV,V,K].
+      dVn = Aqk^T dO + Kr dS;  P = T^T dVn;  dS <- diag(gamma) dS + Qg^T dO - Kg^T (beta P)
+
+    Args:
+      do: cotangent of o, bfloat16 or float16, anything at padding; do_scale: float32 factor, 0 at padding.
+      dfinal: of the final state, float32, times the same factors.
+
+    Returns:
+      (dS leaving each chunk float16, P float16, dS entering the first chunk float32): those of `mirror_vjp.reverse`.
     """
-    heads, NT, _, K = kg.shape
+    heads, NT, _, K = prepared.kg.shape
     HV, V = do.shape[2:]
     num_wgs, state_rows = V // STRIP, (STRIP, K)
 
-    def kernel(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal, ds_out, p_out, dinitial, ds_stage, p_stage):
+    def kda_reverse_chain(
+        kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal, ds_out, p_out, dinitial, ds_stage, p_stage
+    ):
         bh, wg = lax.axis_index("head"), lax.axis_index("wg")
         b, h = lax.div(bh, HV), lax.rem(bh, HV)
         values = pl.ds(wg * STRIP, STRIP)
@@ -56,26 +70,30 @@ def reverse_chain(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal):
             kept = ds * by_column(plgpu.load(gamma_s, layout=_COLUMNS), state_rows)
             return pl.run_state(accumulate)(plgpu.ACC.init(kept))
 
+        at, vector_at = lambda i: (bh, NT - 1 - i, 0, 0), lambda i: (bh, NT - 1 - i, 0)
         skip = pl.Squeezed()
-        block = lambda shape, index, transforms=_SWIZZLED: plgpu.BlockSpec(shape, index, transforms=transforms)
-        at = lambda i: (bh, NT - 1 - i, 0, 0)
-        vector = lambda size: block((skip, skip, size), lambda i: (bh, NT - 1 - i, 0), ())
+        cotangents = plgpu.BlockSpec(
+            (skip, C, skip, V), lambda i: (b, NT - 1 - i, h, 0), transforms=tile(8, 64).transforms
+        )
         plgpu.emit_pipeline_warp_specialized(
             chunk,
             grid=(NT,),
-            memory_registers=40,
+            memory_registers=MEMORY_REGISTERS,
             max_concurrent_steps=STAGES,
             wg_axis="wg",
             num_compute_wgs=num_wgs,
             compute_context=compute,
-            in_specs=[block((skip, skip, C, K), at)] * 3
-            + [block((skip, skip, C, C), at)] * 2
-            + [vector(K), vector(C), vector(C), block((skip, C, skip, V), lambda i: (b, NT - 1 - i, h, 0))],
+            in_specs=[
+                *[block(C, K, at=at)] * 3,
+                *[block(C, C, at=at)] * 2,
+                *[block(size, at=vector_at) for size in (K, C, C)],
+                cotangents,
+            ],
             out_specs=[],
         )(kg, kr, qg, t, aqk, gamma, beta, do_scale, do)
 
     launch = plgpu.kernel(
-        kernel,
+        kda_reverse_chain,
         out_type=(
             jax.ShapeDtypeStruct((heads, NT, V, K), f16),
             jax.ShapeDtypeStruct((heads, NT, C, V), f16),
@@ -87,4 +105,4 @@ def reverse_chain(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal):
         thread_name="wg",
         scratch_types=[tile(num_wgs, STRIP, K), tile(num_wgs, C, STRIP)],
     )
-    return launch(kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal)
+    return launch(*prepared, beta, do_scale, do, dfinal)

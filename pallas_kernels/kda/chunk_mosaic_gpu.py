@@ -65,7 +65,7 @@ def run_segments(
         staging += [tile(strips, STRIP, K), tile(strips, C, STRIP)]
     inputs = [*prepared, mark_padding(beta, code, HV), v.reshape(B, N, C, HV, V)]
 
-    def kernel(*refs):
+    def kda_recurrence(*refs):
         streamed, refs = refs[: len(inputs)], refs[len(inputs) :]
         first, refs = (refs[0], refs[1:]) if carried else (None, refs)
         outs, staged = refs[: len(outputs)], refs[len(outputs) :]
@@ -135,7 +135,7 @@ def run_segments(
         )(*streamed)
 
     launch = plgpu.kernel(
-        kernel,
+        kda_recurrence,
         out_type=outputs,
         grid=(BH, segments, split),
         grid_names=("head", "segment", "part"),

@@ -461,11 +461,11 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
     draw_dtype, out = raw.dtype if kind.raw else bf16, jax.ShapeDtypeStruct
     settings = dict(kind=kind, scale=scale, normalize_qk=normalize_qk, packed=packed)
 
-    def kernel(*refs):
+    def kda_chunk_gradients(*refs):
         _Chunks(*refs, sizes=(B, NT, H, HV, num_wgs), **settings).run()
 
     launch = plgpu.kernel(
-        kernel,
+        kda_chunk_gradients,
         out_type=(
             out((B, T, HV, K), q.dtype), out((B, T, HV, K), q.dtype), out((B, T, HV, V), do.dtype),
             out((B, T, HV, K), draw_dtype), out((heads, NT, C), f32), out((heads, NT, num_wgs, C), f32),
@@ -546,7 +546,7 @@ def _chain(beta, code, prepared, do, dfinal):
     size = cotangent_scale(do, dfinal, None if code is None else (code == PADDING).reshape(B, T))
     weight = _token_weights(beta, code, size)
     last = (dfinal * size[:, :, None, None]).reshape(len(beta), *dfinal.shape[2:])
-    ds, p, dinitial = reverse_chain(*prepared, beta, weight[:, :, DO_SCALE], do, last)
+    ds, p, dinitial = reverse_chain(prepared, beta, weight[:, :, DO_SCALE], do, last)
     return weight, ds, p, dinitial.reshape(dfinal.shape) / size[:, :, None, None]
 
 

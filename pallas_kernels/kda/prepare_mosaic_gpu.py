@@ -412,7 +412,7 @@ def prepare(
         g = jnp.maximum((g.astype(f32) * LOG2E).astype(f16), f16(FORGET))
     arrays = [q, k, g, beta, bias, *([code.astype(f32)] if packed else [])]
 
-    def kernel(rates, *refs):
+    def kda_prepare(rates, *refs):
         source = _Inputs(*refs[: len(arrays)], *(() if packed else (None,)))
         outs, scratch = Prepared(*refs[len(arrays) :][:6]), refs[len(arrays) + 6 :]
         team, block = lax.axis_index("team"), lax.axis_index("block")
@@ -450,7 +450,7 @@ def prepare(
     struct = jax.ShapeDtypeStruct
     BH = B * HV
     launch = plgpu.kernel(
-        kernel,
+        kda_prepare,
         out_type=Prepared(
             *[struct((BH, N, C, K), f16)] * 3, *[struct((BH, N, C, C), f16)] * 2, struct((BH, N, 128), f32)
         ),

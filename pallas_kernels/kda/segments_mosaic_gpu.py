@@ -128,7 +128,7 @@ def segment_maps(
     inputs = [prepared.kg, prepared.kr, prepared.t, prepared.gamma]
     inputs += [mark_padding(beta, code, HV), v.reshape(B, N, C, HV, V)]
 
-    def kernel(*refs):
+    def kda_segment_maps(*refs):
         *streamed, maps = refs
         bh, segment, part = (lax.axis_index(name) for name in ("head", "segment", "part"))
         b, hv, start = lax.div(bh, HV), lax.rem(bh, HV), segment * length
@@ -162,7 +162,7 @@ def segment_maps(
         )(*streamed)
 
     launch = plgpu.kernel(
-        kernel,
+        kda_segment_maps,
         out_type=jax.ShapeDtypeStruct((BH, found, V + K, K), f32),
         grid=(BH, found, parts + K // STRIP),
         grid_names=("head", "segment", "part"),

@@ -89,7 +89,7 @@ def _step_models(q, k, v, g, beta, state, gate: Gate, slots, accepted, *, scale,
     }
     given = {name: x for name, x in optional.items() if x is not None}
 
-    def kernel(q, k, v, g, beta, *refs):
+    def kda_step(q, k, v, g, beta, *refs):
         *refs, pool, o = refs
         parameters = dict(zip(given, refs, strict=True))
         s, hv, mine = lax.axis_index("sequence"), lax.axis_index("head"), pl.ds(lax.axis_index("part") * rows, rows)
@@ -151,7 +151,7 @@ def _step_models(q, k, v, g, beta, state, gate: Gate, slots, accepted, *, scale,
                     o.at[s, t, hv, mine][...] = plgpu.layout_cast(jnp.zeros(rows, o.dtype), VALUES)
 
     launch = plgpu.kernel(
-        kernel,
+        kda_step,
         out_type=jax.ShapeDtypeStruct((M * N, T, HV, V), v.dtype),
         grid=(M * N, HV, V // rows),
         grid_names=("sequence", "head", "part"),

@@ -63,7 +63,7 @@ def query_gradient(
     B, _, H, _, P, V = shape
     packed, tall = ids is not None, (HEIGHT, BLOCK_KEYS)
 
-    def kernel(*refs):
+    def mla_query_gradient(*refs):
         refs = list(refs)
         q_gmem, kv_gmem = refs.pop(0), refs.pop(0)
         shared_gmem = refs.pop(0) if P else None
@@ -127,7 +127,7 @@ def query_gradient(
         split_roles(team, compute, copy)
 
     launch = plgpu.kernel(
-        kernel,
+        mla_query_gradient,
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
         grid=(B, H, spans.shape[1]),
         grid_names=("batch", "head", "block"),
@@ -176,7 +176,7 @@ def key_gradients(
     B, T, H, N, P, V = shape
     packed, tall = ids is not None, (HEIGHT, BLOCK_QUERIES)
 
-    def kernel(*refs):
+    def mla_key_gradients(*refs):
         refs = list(refs)
         q_gmem, kv_gmem = refs.pop(0), refs.pop(0)
         shared_gmem = refs.pop(0) if P else None
@@ -258,7 +258,7 @@ def key_gradients(
 
     struct = jax.ShapeDtypeStruct
     launch = plgpu.kernel(
-        kernel,
+        mla_key_gradients,
         out_type=[struct(kv.shape, dtype), *([struct((B, T, H, P), dtype)] if P else [])],
         grid=(B, H, spans.shape[1]),
         grid_names=("batch", "head", "block"),

@@ -83,7 +83,7 @@ def forward(
     packed, tall = ids is not None, (HEIGHT, keys)
     log2_scale = scale * LOG2E
 
-    def kernel(*refs):
+    def mla_forward(*refs):
         refs = list(refs)
         q_gmem, kv_gmem = refs.pop(0), refs.pop(0)
         shared_gmem = refs.pop(0) if P else None
@@ -154,7 +154,7 @@ def forward(
     struct = jax.ShapeDtypeStruct
     vector = struct((B, H, shape.padded), f32)
     launch = plgpu.kernel(
-        kernel,
+        mla_forward,
         out_type=[struct((B, T, H, V), dtype), vector, vector],
         grid=(B, H, spans.shape[1]),
         grid_names=("batch", "head", "block"),

@@ -114,7 +114,7 @@ def _convolve(x, taps, history, order, reach):
     vector = _widest(VECTORS, D)
     carried, packed = history is not None, order is not None
 
-    def kernel(x, taps, *refs):
+    def short_conv_forward(x, taps, *refs):
         *refs, y = refs
         history = refs[0] if carried else None
         order, reach = refs[-2:] if packed else (None, None)
@@ -143,7 +143,7 @@ def _convolve(x, taps, history, order, reach):
         lax.fori_loop(0, groups, group, [before(d) for d in range(1, W)])
 
     given = [z for z in (history, order, reach) if z is not None]
-    return _launch(kernel, jax.ShapeDtypeStruct(x.shape, x.dtype), x.shape, vector)(x, taps, *given)
+    return _launch(short_conv_forward, jax.ShapeDtypeStruct(x.shape, x.dtype), x.shape, vector)(x, taps, *given)
 
 
 def _convolve_forward(x, taps, history, order, reach):
@@ -181,7 +181,7 @@ def _gradients(x, taps, dy, order, reach):
     (B, T, D), W = x.shape, taps.shape[1]
     vector, packed = _widest(GRADIENT_VECTORS, D), order is not None
 
-    def kernel(x, taps, dy, *refs):
+    def short_conv_backward(x, taps, dy, *refs):
         *refs, dx, d_taps = refs
         order, reach = refs if packed else (None, None)
         b, first, channels, load = _place(vector)
@@ -240,7 +240,7 @@ def _gradients(x, taps, dy, order, reach):
             d_taps.at[b, lax.axis_index("block"), W - 1 - d, channels][...] = sums[d]
 
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((B, pl.cdiv(T, TOKENS), W, D), f32)]
-    dx, d_taps = _launch(kernel, outs, x.shape, vector)(x, taps, dy, *([order, reach] if packed else []))
+    dx, d_taps = _launch(short_conv_backward, outs, x.shape, vector)(x, taps, dy, *([order, reach] if packed else []))
     return dx, jnp.sum(d_taps, axis=1)
 
 

@@ -118,7 +118,7 @@ def _multiply_stacks(
     stages, pieces, dtype = STAGES[width], width // PIECE, x.dtype
     describe, tiles = describe_tiles(-(-M // ROWS), -(-P // width), -(-K // DEPTH), symmetric=symmetric)
 
-    def kernel(x, y, out, left, right, staged, full, empty):
+    def symmetric_product(x, y, out, left, right, staged, full, empty):
         warpgroup = lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * HEIGHT, HEIGHT)
 
@@ -183,4 +183,4 @@ def _multiply_stacks(
         buffer(WARPGROUPS, SLOTS + symmetric, HEIGHT, PIECE),
         *barriers(stages, 2),
     ]
-    return launch(kernel, jax.ShapeDtypeStruct((x.shape[0], M, P), dtype), scratch)(x, y)
+    return launch(symmetric_product, jax.ShapeDtypeStruct((x.shape[0], M, P), dtype), scratch)(x, y)

@@ -225,9 +225,7 @@ def test_the_instructions_of_a_warp_sum_columns(machine):
 @pytest.mark.parametrize("K", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_the_interpreted_chunk_kernel_equals_its_mirror(K, interpreted, capfd, monkeypatch):
     """Four chunks for each of two CTAs: every buffer is used again, and again after a prefetch."""
-    if (
-        K == 128
-    ):  # the detector takes two warpgroups in parts of one union for a race: here every view has its own memory
+    if K == 128:  # the detector takes two warpgroups in parts of one union for a race: here views share no memory
         monkeypatch.setattr(plgpu, "RefUnion", lambda *views: list(views))
     case = dataclasses.replace(
         BY_NAME["packed-aligned"], batch=1, time=256, heads=1, value_heads=2, key_dim=K, value_dim=K,
@@ -241,9 +239,8 @@ def test_the_interpreted_chunk_kernel_equals_its_mirror(K, interpreted, capfd, m
     prepared, beta, h, r = mosaic_gpu.forward(options, *map(_arrays, first), keep=True)[2]
     arguments = (*map(_arrays, (*inputs[:2], inputs.g)), beta, code, gate, prepared, h, r)
     cotangents = jnp.asarray(inputs.d_o), jnp.asarray(inputs.d_final_state)
-    chain = functools.partial(_mirrored_chain, kernels.reverse_chain)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "reverse_chain", chain)
+        patch.setattr(kernels, "reverse_chain", _mirrored_chain)
         got, want = (m.backward(*arguments, *cotangents, scale=0.1, normalize_qk=True) for m in (kernels, mirror_vjp))
     assert "RACE" not in "".join(capfd.readouterr())
     # Measured: 3e-4 or less, the rounding of the results; a_log, a sum of both signs, 2e-3.
@@ -255,13 +252,13 @@ def _arrays(x):
     return jax.tree.map(jnp.asarray, x)
 
 
-def _mirrored_chain(_, kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal):
+def _mirrored_chain(prepared, beta, do_scale, do, dfinal):
     """`kernels.reverse_chain` through the mirror: the interpreter has no warp-specialised pipeline."""
     heads = lambda x: x[None]
-    BH, N, C, _ = kg.shape
+    BH, N, C, _ = prepared.kg.shape
     by_chunk = jnp.moveaxis(do, 2, 1).reshape(BH, N, C, -1).astype(jnp.float32)
     scaled = jnp.where(do_scale[..., None] > 0, by_chunk * do_scale[..., None], 0).astype(jnp.float16)
-    return [x[0] for x in mirror_vjp.reverse(*map(heads, (kg, kr, qg, t, aqk, gamma, beta, scaled, dfinal)))]
+    return [x[0] for x in mirror_vjp.reverse(*map(heads, (*prepared, beta, scaled, dfinal)))]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

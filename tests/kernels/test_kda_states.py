@@ -46,21 +46,31 @@ def _prefixes(case, inputs):
     return o[-1], states
 
 
+def _check(case, inputs, got, limit):
+    o, states = _prefixes(case, inputs)
+    assert got[2].shape == (1, 3, 2, 16, 16)
+    assert error_ratio(got[2][0], states[:3, 0]) < limit
+    assert error_ratio(got[1], states[3]) < limit
+    assert error_ratio(got[0], o) < max(limit, 3e-4)  # o is float16
+
+
 @pytest.mark.parametrize("case", [pytest.param(CASE, marks=pytest.mark.slow), PACKED], ids=["one-document", "packed"])
 @pytest.mark.parametrize("implementation", ["reference", "chunked", "kernels"])
 def test_states_are_those_of_the_prefixes(case, implementation):
     inputs = make_inputs(case)
-    o, states = _prefixes(case, inputs)
     if implementation == "kernels":
         got = _through_the_kernels(case, inputs)
     else:
         got = _with_states(case, inputs, implementation)
     # Measured: 0, 2e-7 and, of float16 operands and states, 4e-4.
-    limit = 1e-3 if implementation == "kernels" else 1e-6
-    assert got[2].shape == (1, 3, 2, 16, 16)
-    assert error_ratio(got[2][0], states[:3, 0]) < limit
-    assert error_ratio(got[1], states[3]) < limit
-    assert error_ratio(got[0], o) < max(limit, 3e-4)  # o is float16
+    _check(case, inputs, got, 1e-3 if implementation == "kernels" else 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [CASE, PACKED], ids=["one-document", "packed"])
+def test_the_kernels_return_the_states_of_the_prefixes(case):
+    inputs = make_inputs(case)
+    _check(case, inputs, _with_states(case, inputs, "mosaic_gpu"), 1e-3)
 
 
 @pytest.mark.parametrize("every", [0, 32, 96, 256])
