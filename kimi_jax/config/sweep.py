@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from kimi_jax.config.base import Config, nearest
+from kimi_jax.config.train import RunConfig
 
 ARM = "runs"  # the name under which `exclude` speaks of a run's arm
 SEED_KEYS = ("train.seed", "data.shuffle_seed")  # what a seed of a sweep sets
@@ -46,6 +47,14 @@ class Together(Config):
     """What the runs of a group differ in."""
     until: Until | None = None
     """Ends a group early; unset: never."""
+
+
+class GroupConfig(Config):
+    """Runs that are trained together, whole: what their process reads, whatever becomes of the sweep file."""
+
+    until: Until | None = None
+    runs: dict[str, RunConfig]
+    """By name."""
 
 
 class SweepConfig(Config):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_jax.config.load import dump, validate
-from kimi_jax.config.sweep import SEED_KEYS, Point, SweepConfig, Until
+from kimi_jax.config.sweep import SEED_KEYS, GroupConfig, Point, SweepConfig, Until
 from kimi_jax.config.train import RunConfig
 from kimi_jax.config.yaml_files import read_config_file, read_mapping, with_value
 from kimi_jax.errors import UserError
@@ -63,7 +63,6 @@ class Group:
 
     name: str
     runs: tuple[Run, ...]
-    sweep: Path
     until: Until | None
 
     def directories(self, runs_dir: Path) -> list[RunDir]:
@@ -76,10 +75,23 @@ class Group:
         return not self.unfinished(runs_dir)
 
     def prepare(self, runs_dir: Path, train: Sequence[str]) -> list[str]:
-        """The command that trains it: scripts/train_together.py instead of scripts/train.py."""
+        """Writes the configs of its runs; returns the command that trains it, scripts/train_together.py."""
         *python, script = train
+        config = runs_dir / LOGS / f"{self.name}.yaml"
+        write_whole(config, dump(GroupConfig(until=self.until, runs={run.name: run.config for run in self.runs})))
         together = str(Path(script).with_name("train_together.py"))
-        return [*python, together, str(self.sweep), "--runs-dir", str(runs_dir), "--group", self.name]
+        return [*python, together, str(config), "--runs-dir", str(runs_dir)]
+
+
+def read_group(path: Path) -> Group:
+    """Reads what `Group.prepare` wrote.
+
+    Raises:
+      UserError: it is something else, or a config in it is wrong.
+    """
+    written = validate(read_mapping(path), GroupConfig, source=str(path))
+    runs = tuple(Run(name, config, arm=None, swept={}) for name, config in written.runs.items())
+    return Group(path.stem, runs, written.until)
 
 
 def load_sweep(path: Path) -> list[Run]:
@@ -109,7 +121,7 @@ def group_runs(path: Path, runs: Sequence[Run]) -> list[Run | Group]:
     members: dict[str, list[Run]] = {}
     for run in runs:
         members.setdefault(run.group, []).append(run)
-    return [Group(name, tuple(found), path, together.until) for name, found in members.items()]
+    return [Group(name, tuple(found), together.until) for name, found in members.items()]
 
 
 def digest(config: RunConfig) -> str:

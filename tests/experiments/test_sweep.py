@@ -235,12 +235,13 @@ def test_groups_are_runs_that_differ_in_nothing_else(tmp_path, stand_in):
     alone, together = Path(stand_in[-1]), Path(stand_in[-1]).with_name("train_together.py")
     together.write_text(
         "import pathlib, subprocess, sys\n"
-        "from kimi_jax.experiments.sweep import group_runs, load_sweep\n"
-        "sweep, _, runs, _, name = map(pathlib.Path, sys.argv[1:])\n"
-        "group = next(g for g in group_runs(sweep, load_sweep(sweep)) if g.name == str(name))\n"
+        "from kimi_jax.experiments.sweep import read_group\n"
+        "group, _, runs = map(pathlib.Path, sys.argv[1:])\n"
+        "group = read_group(group)\n"
         f"[subprocess.run(run.prepare(runs, (sys.executable, {str(alone)!r})), check=True) for run in group.runs]\n"
     )
     runs_dir = tmp_path / "runs"
+    path.write_text("changed: meanwhile")
     for state in ("finished", "finished before"):
         outcomes = Local(runs_dir, stand_in, at_once=2).launch(units, StopRequest(), lambda outcome: None)
         assert collections.Counter(outcome.state for outcome in outcomes) == {state: 4}

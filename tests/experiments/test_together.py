@@ -16,7 +16,7 @@ from kimi_jax.config.mesh import Mesh
 from kimi_jax.config.sweep import Until
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
-from kimi_jax.experiments.sweep import load_sweep
+from kimi_jax.experiments.sweep import group_runs, load_sweep
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.loop import train
 from kimi_jax.train.metrics import read_metrics
@@ -174,8 +174,10 @@ def test_a_killed_group_goes_on(folders, tmp_path):
     base.write_text(dump(make(RATES[0])))
     sweep.write_text(f"base: base.yaml\ngrid: {{optim.peak_lr: {list(RATES)}}}\ntogether: {{over: [optim.peak_lr]}}\n")
     runs = load_sweep(sweep)
-    script = Path(__file__).parents[2] / "scripts" / "train_together.py"
-    command = [sys.executable, str(script), str(sweep), "--runs-dir", str(tmp_path / "runs"), "--group", "run"]
+    (group,) = group_runs(sweep, runs)
+    command = group.prepare(
+        tmp_path / "runs", (sys.executable, str(Path(__file__).parents[2] / "scripts" / "train.py"))
+    )
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (runs[0].directory(tmp_path / "runs").checkpoints / "4").exists():
         assert first.poll() is None
