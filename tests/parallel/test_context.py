@@ -1,7 +1,6 @@
 """Sequences cut in time over simulated devices give what one device gives: operators, mixers, whole models."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,14 @@ from kimi_jax.config import mesh as config
 from kimi_jax.config.load import load
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
+from kimi_jax.experiments.plan_collectives import read_collectives
 from kimi_jax.parallel.mesh import abstract_mesh, build_mesh, check_run
 from kimi_jax.parallel.rules import batch_sharding
 from kimi_jax.train.state import Recipe
 from kimi_jax.train.step import build_gradients
 from pallas_kernels.kda import SoftplusGate, mirror, mirror_vjp, mosaic_gpu
 from pallas_kernels.kda.api import AXES, chunk_kda
+from pallas_kernels.mla.api import mla_latent_attention
 from pallas_kernels.partition import _choose_parts, partition
 from pallas_kernels.short_conv.api import short_conv
 from pallas_kernels.ssd.api import chunk_ssd
@@ -125,17 +126,33 @@ def test_operators_hand_states_and_inputs_on(op, segments):
         assert max(errors.values()) < (KERNEL_TOLERANCE if op == "kernels" else OPERATOR_TOLERANCE), errors
 
 
-@multi_device
-def test_what_recurrent_layers_exchange_does_not_depend_on_the_length():
-    def received(length: int) -> int:
-        inputs = [x[:, :length] if x.ndim > 2 else x for x in _inputs("chunk_kda")[:-1]]
-        run = lambda *a: chunk_kda(*a, gate=_inputs("chunk_kda")[-1], normalize_qk=True, implementation="chunked")[0]
-        with jax.set_mesh(_mesh(context=8)):
-            text = jax.jit(run).lower(*inputs).compile().as_text()
-        sizes = [re.findall(r"f32\[([\d,]+)\]", line) for line in text.splitlines() if " all-gather(" in line]
-        return sum(int(np.prod([int(n) for n in size.split(",")])) for found in sizes for size in found[:1])
+def _sent(run, *inputs) -> dict[str, int]:
+    """Bytes that each of eight devices sends, by kind of collective."""
+    mesh = _mesh(context=8)
+    with jax.set_mesh(mesh):
+        text = jax.jit(run).lower(*inputs).compile().as_text()
+    return {found.kind: found.sent_bytes for found in read_collectives(text, dict(mesh.shape))}
 
-    assert received(128) == received(256) == 8 * B * HV * K * (K + V)
+
+@multi_device
+def test_what_recurrent_layers_send_does_not_depend_on_the_length():
+    *arrays, gate = _inputs("chunk_kda")
+    run = lambda *a: chunk_kda(*a, gate=gate, normalize_qk=True, implementation="chunked")[0]
+    for length in (128, 256):
+        assert _sent(run, *(x[:, :length] for x in arrays)) == {"all-gather": 4 * 7 * B * HV * K * (K + V)}
+
+
+@multi_device
+def test_attention_sends_latents_queries_and_results():
+    length, heads, latent, shared, nope, value = 128, 8, 12, 4, 6, 10
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+    queries = zeros(B, length, heads, nope), zeros(B, length, heads, shared)
+    keys = zeros(B, length, latent), zeros(B, length, shared), zeros(latent, heads, nope + value)
+    run = lambda *a: mla_latent_attention(*a, expand=functools.partial(jnp.einsum, "BTR,RHK->BTHK"))[0]
+    assert _sent(run, *queries, *keys) == {
+        "all-gather": 4 * 7 * B * length * (latent + shared) // 8,
+        "all-to-all": 4 * 7 * B * length // 8 * heads * (nope + shared + value) // 8,
+    }
 
 
 # ------------------------------------------------------------------ models
