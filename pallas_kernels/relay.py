@@ -11,11 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def continues(segment_ids: Int[Array, "B T"] | None, axis: str) -> Bool[Array, "B"] | None:
-    """Whether the document that is open at the end of the devices before goes on here; also where there is no token.
+    """Whether this span's first document is the one that is open at the end of the devices before.
+
+    True, too, in rows that have no token here, and in those that have none before.
 
     Args:
-      segment_ids: of this device's span; 0 is padding. None: rows are one document each, and None comes back.
-      axis: name of the mesh axis.
+      segment_ids: int32, of this device's span; 0 is padding. None: rows are one document each, and None comes back.
+      axis: name of the mesh axis, whose devices have the spans in order.
     """
     if segment_ids is None:
         return None
@@ -51,8 +53,12 @@ def entering_state(added: Float[Array, "*B V K"], applied: Float[Array, "*B K K"
     """The state after the spans of all devices before, which enters this one's.
 
     Args:
-      added, applied: H and M of this device's span, float32; M is 0 in rows whose first document starts here.
+      added, applied: H and M of this device's span, float32; M is 0 in rows whose first document starts here, and
+        where a document starts inside.
       axis: name of the mesh axis.
+
+    Returns:
+      float32; zero on the first device. In rows whose first document starts here it is the state of another one.
     """
     added, applied = lax.all_gather((added, applied), axis)
     return _compose(jnp.zeros_like(added[0]), added, applied, jnp.arange(len(added)) < lax.axis_index(axis))

@@ -2,8 +2,8 @@
 
 Tokens of a sequence lie over the mesh axis `context` in equal contiguous spans. Norms, feed-forward blocks, experts and
 the loss see single tokens and need no exchange; mixers do, inside their operators (`pallas_kernels/partition.py`
-hands these the name of the axis). Per layer and row of the batch, a device receives in the forward pass, with c parts
-of T tokens, HV value heads, H query heads, and 2-byte activations:
+hands these the name of the axis). Per layer and row of the batch, a device receives in the forward pass, with T tokens
+in c spans, HV value heads, H query heads, and 2-byte activations:
 
   KDA, Gated DeltaNet, Mamba2: the maps of all spans, S -> S M + H in float32,   4 (c - 1) HV K (K + V) bytes
     short convolutions: the last W - 1 inputs of all spans                       2 (c - 1) (W - 1) (2 H K + HV V)
@@ -12,7 +12,8 @@ of T tokens, HV value heads, H query heads, and 2-byte activations:
 
 The recurrent mixers' share does not depend on T. The backward pass moves the same again: gradients of the states
 that leave the spans with the maps, gradients of latents summed where they came from, and those of queries and results.
-With heads over `tensor`, H and HV are those of one part.
+Rematerialisation moves what attention and the convolutions read, and what attention returns, a third time. With heads
+over `tensor`, H and HV are those of one part.
 """
 
 from collections.abc import Callable
