@@ -14,6 +14,7 @@ from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts
 with plain_interrupts():  # these take seconds
     from kimi_jax.data.chat import encode_chat
     from kimi_jax.generate.api import Generator, Prompt, Settings, load_generator
+    from kimi_jax.train.programs import keep_programs
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,6 +91,7 @@ def main() -> None:
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
+    keep_programs()
     generator = load_generator(arguments.checkpoint, step=arguments.step)
     encode = functools.partial(chat_prompt, generator, arguments) if arguments.chat else generator.encode
     prompts = [encode(text) for text in arguments.prompt]  # all of them before any is printed
