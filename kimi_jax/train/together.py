@@ -164,14 +164,14 @@ class _Group:
         self.console = Console(soft_wrap=True)
         self.pending: collections.deque[tuple[int, int, dict[str, Array]]] = collections.deque()
         self.clock = _Clock()
-        self.step = self.saved_step = 0
+        self.step = self.saved_step = self.plotted_step = 0
         self.ended_early = False
 
     # -------------------------------------------------------------- start
     def restore(self) -> None:
         """Makes the first states, or restores those of the newest step that all members have."""
         common = set.intersection(*(set(member.store.steps) for member in self.members))
-        self.step = self.saved_step = max(common, default=0)
+        self.step = self.saved_step = self.plotted_step = max(common, default=0)
         if self.step:
             target = self.recipe.abstract_state()
             restored = [member.store.restore(self.step, target) for member in self.members]
@@ -218,7 +218,8 @@ class _Group:
             due = last or not rest
             sums = self.evaluator.start(*self._models, validation, last=last) if due else {}
             self.positions = self.feed.positions
-            block = self._next_block()  # drawn while the device works
+            block = self._next_block()  # drawn while the device works ...
+            self._plot()  # ... and so are the plots
             if due:
                 self._settle(keep=1)
                 self._settle(keep=0, sums=sums)
@@ -228,6 +229,7 @@ class _Group:
             self._settle(keep=1)
         if self.step > self.saved_step:
             self._checkpoint()
+        self._plot()
 
     def _next_block(self) -> tuple[np.int32, Batch]:
         """How many steps come next, so that nothing is due between them, and their batches."""
@@ -289,9 +291,16 @@ class _Group:
                 config = member.cfg.model_dump(mode="json")
                 metadata = {"total_tokens": member.total_tokens, "config": config, "data": data}
                 member.store.save(self.step, state, self.positions[i], metadata)
-                member.plot()
         self.saved_step = self.step
         self.clock.lap()
+
+    def _plot(self) -> None:
+        """Draws the curves of what the newest checkpoints belong to, if that was not done yet."""
+        if self.plotted_step < self.saved_step:
+            for member in self.members:
+                if not member.failure:
+                    member.plot()
+        self.plotted_step = self.saved_step
 
     # -------------------------------------------------------------- end
     @property
