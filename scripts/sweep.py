@@ -41,18 +41,18 @@ def main() -> int:
     with plain_interrupts():
         from kimi_jax.experiments import launch, plan_sweep  # after --help: these import jax
         from kimi_jax.experiments.slurm import Slurm
-        from kimi_jax.experiments.sweep import group_runs, load_sweep
+        from kimi_jax.experiments.sweep import group_runs, load_sweep, make_runs_dir
         from kimi_jax.parallel.processes import visible_gpus
         from kimi_jax.train.signals import catch_stop_signals
 
     runs_dir = arguments.runs_dir or Path("runs") / arguments.sweep.resolve().parent.name / arguments.sweep.stem
-    if runs_dir.exists() and not runs_dir.is_dir():
-        raise UserError(f"--runs-dir {runs_dir}: is a file")
     units = group_runs(arguments.sweep, load_sweep(arguments.sweep))
     units = [unit for unit in units if not arguments.only or any(arguments.only in run.name for run in unit.runs)]
     runs = [run for unit in units for run in unit.runs]
     if not runs:
         raise UserError(f"--only={arguments.only!r}: no run of {arguments.sweep} has it in its name")
+    if not arguments.dry_run:
+        make_runs_dir(runs_dir)
     train = (sys.executable, str(Path(__file__).resolve().with_name("train.py")))
     gpus = visible_gpus()
     at_once = arguments.at_once or len(gpus) or 1

@@ -1,7 +1,9 @@
 """Turns a sweep file into training runs: their configs, names and directories, and how far each has come."""
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,6 +124,21 @@ def group_runs(path: Path, runs: Sequence[Run]) -> list[Run | Group]:
     for run in runs:
         members.setdefault(run.group, []).append(run)
     return [Group(name, tuple(found), together.until) for name, found in members.items()]
+
+
+def make_runs_dir(runs_dir: Path) -> None:
+    """Makes the folder of a sweep's runs.
+
+    Raises:
+      UserError: it cannot be made, or nothing can be written there.
+    """
+    folder = runs_dir / LOGS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--runs-dir {runs_dir}: cannot be written: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--runs-dir {runs_dir}: cannot be written: {os.strerror(errno.EACCES)}")
 
 
 def digest(config: RunConfig) -> str:

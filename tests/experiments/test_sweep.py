@@ -22,7 +22,7 @@ from kimi_jax.errors import UserError
 from kimi_jax.experiments import launch
 from kimi_jax.experiments.launch import Local
 from kimi_jax.experiments.plan_sweep import batch_script, plan, plan_table
-from kimi_jax.experiments.sweep import digest, group_runs, load_sweep
+from kimi_jax.experiments.sweep import digest, group_runs, load_sweep, make_runs_dir
 from kimi_jax.train.metrics import read_metrics
 from kimi_jax.train.run_dir import IN_USE
 from kimi_jax.train.signals import StopRequest
@@ -166,6 +166,15 @@ def test_failed_runs_are_named_and_finished_ones_are_skipped(tmp_path, stand_in)
     assert sorted(ends) == sorted(run.name for run in runs)
     finished = plan_table(plan(runs, tmp_path / "runs"), tmp_path / "runs", at_once=1)
     assert list(finished.columns[4].cells) == ["finished"] * 4
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_anything_starts(tmp_path):
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "file" / "runs", "Not a directory"), (Path("/proc/runs"), "No such file")):
+        with pytest.raises(UserError, match=rf"^--runs-dir {path}: cannot be written: {why}"):
+            make_runs_dir(path)
+    make_runs_dir(tmp_path / "new" / "runs")
+    assert (tmp_path / "new" / "runs" / "sweep").is_dir()
 
 
 def test_a_stop_signal_ends_the_running_ones(tmp_path, stand_in):
