@@ -72,7 +72,8 @@ def test_what_the_kernel_serves():
 
 
 def test_a_head_cut_over_devices_is_left_to_xla():
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1), ("tensor", "data"))):
+    mesh = jax.sharding.AbstractMesh((2, 1), ("tensor", "data"), (jax.sharding.AxisType.Auto,) * 2)
+    with jax.sharding.use_abstract_mesh(mesh):
         assert "tensor" in refuse_cut_matrices()
     assert refuse_cut_matrices() is None
 
