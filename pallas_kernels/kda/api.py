@@ -84,12 +84,12 @@ def chunk_kda(
       gate's a_log and dt_bias.
 
     Raises:
-      ValueError: an argument has the wrong shape.
+      ValueError: an argument has the wrong shape or kind.
       NotImplementedError: the implementation refuses these arguments; the message says why.
 
     Source: Kimi Linear, arXiv:2510.26692, equation 1.
     """
-    _check("chunk_kda", q.shape[1:-2], q, k, v, g, beta, gate, initial_state, segment_ids)
+    _check("chunk_kda", q.shape[1:2], q, k, v, g, beta, gate, initial_state, segment_ids)
     return call(
         "chunk_kda",
         IMPLEMENTATIONS,
@@ -132,10 +132,10 @@ def chunk_kda_with_states(
       kernels; `chunked` and `reference` have them.
 
     Raises:
-      ValueError: an argument has the wrong shape, or `every` does not fit.
+      ValueError: an argument has the wrong shape or kind, or `every` does not fit.
       NotImplementedError: the implementation refuses these arguments; the message says why.
     """
-    _check("chunk_kda_with_states", q.shape[1:-2], q, k, v, g, beta, gate, initial_state, segment_ids)
+    _check("chunk_kda_with_states", q.shape[1:2], q, k, v, g, beta, gate, initial_state, segment_ids)
     if every % 64 or not 0 < every <= q.shape[1]:
         raise ValueError(f"chunk_kda_with_states: {every=} must be a multiple of 64 from 64 to T={q.shape[1]}")
     return call(
@@ -194,7 +194,7 @@ def step_kda(
       NotImplementedError: the implementation refuses these arguments; the message says why.
     """
     one, rows = q.ndim == 3, q.shape[0] if slots is None else state.shape[0]
-    _check("step_kda", q.shape[1:-2], q, k, v, g, beta, gate, state, None, rows=rows)
+    _check("step_kda", q.shape[1:-2][:1], q, k, v, g, beta, gate, state, None, rows=rows)
     _check_integers(q.shape[:1], slots=slots, accepted=accepted)
     q, k, v, g, beta = (x[:, None] if one else x for x in (q, k, v, g, beta))
     o, state = call(
@@ -230,8 +230,9 @@ def _check(op: str, time: tuple[int, ...], q, k, v, g, beta, gate, state, segmen
         raise ValueError(f"{op}: q {q.shape} and v {v.shape} must be [{', '.join(axes)}]")
     B, (H, K), (HV, V) = q.shape[0], q.shape[-2:], v.shape[-2:]
     rows = B if rows is None else rows
-    if 0 in time or HV % H:
-        raise ValueError(f"{op}: needs T >= 1 and HV a multiple of H, got shape {q.shape} of q, {v.shape} of v")
+    if 0 in (*q.shape, *v.shape) or HV % H:
+        raise ValueError(f"{op}: needs B, T, H, K, V >= 1 and HV a multiple of H, got q {q.shape} and v {v.shape}")
+    _check_kinds(op, gate, q=q, k=k, v=v, g=g, beta=beta)
     expected = {
         "k": (k, q.shape),
         "v": (v, (B, *time, HV, V)),
@@ -257,3 +258,11 @@ def _check(op: str, time: tuple[int, ...], q, k, v, g, beta, gate, state, segmen
         raise ValueError(f"{op}: " + "; ".join(wrong))
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"{op}: segment_ids must be integers, got {segment_ids.dtype}")
+
+
+def _check_kinds(op: str, gate, **arrays: Array) -> None:
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{op}: {name} is {x.dtype}, must be floating")
+    if not isinstance(gate, SoftplusGate | LowerBoundGate | None):
+        raise ValueError(f"{op}: {gate=} must be a SoftplusGate, a LowerBoundGate or None")
