@@ -13,6 +13,7 @@ from kimi_jax.config.model import MoeFfn
 from kimi_jax.config.train import NoRemat, RunConfig
 from kimi_jax.experiments.plan_hardware import Hardware
 from kimi_jax.models.layout import layer_kinds
+from kimi_jax.parallel.expert import HOME
 from kimi_jax.parallel.rules import RULES, spec
 from kimi_jax.train.state import Recipe
 from kimi_jax.types import PyTree
@@ -85,8 +86,8 @@ def _parameters(recipe: Recipe, params: PyTree, mesh) -> Iterator[Traffic]:
     for leaf, axes in zip(jax.tree.leaves(params), jax.tree.leaves(recipe.logical_axes, is_leaf=is_axes), strict=True):
         cuts = spec(axes, leaf.shape, mesh)
         cut = {name for part in cuts for name in jax.tree.leaves(part)}
-        home = {name for name, part in zip(axes, cuts, strict=True) if name == "experts" and part}
-        gathered = [a for a in GRADIENT_AXES if a in cut and not (home and a in RULES["experts"])]
+        at_home = {a for name, part in zip(axes, cuts, strict=True) if name == "experts" for a in jax.tree.leaves(part)}
+        gathered = [a for a in GRADIENT_AXES if a in cut and not (a == HOME and a in at_home)]
         whole = leaf.size / math.prod(mesh.shape[a] for a in cut if a not in gathered)
         item = min(leaf.dtype.itemsize, activation_bytes(recipe.cfg)) if leaf.ndim > 1 else leaf.dtype.itemsize
         n = math.prod(mesh.shape[a] for a in gathered)

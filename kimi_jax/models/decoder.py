@@ -1,6 +1,7 @@
 """The hybrid decoder, and the pure functions that make it a pytree of arrays and back."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from kimi_jax.layers.router import RouterStats
 from kimi_jax.models.block import Block
 from kimi_jax.models.layout import Layout, layer_kinds, plan_layout
 from kimi_jax.parallel.rules import constrain
+from kimi_jax.parallel.weights import in_turn
 from kimi_jax.types import PyTree, Variables
 
 type Caches = dict[str, dict[str, Any]]
@@ -88,11 +90,9 @@ class Decoder(nnx.Module):
         return self.norm(x), new_caches if caches else None, stats
 
     def _unroll(self, step: Callable, blocks: nnx.Dict, x, caches, segment_ids):
-        new_caches, stats = {}, []
-        for index, block in blocks.items():
-            x, new_caches[index], block_stats = step(*nnx.split(block), x, caches and caches[index], segment_ids)
-            stats.append(jax.tree.map(lambda leaf: leaf[None], block_stats))
-        return x, new_caches, [s for s in stats if s is not None]
+        split = {index: nnx.split(block) for index, block in blocks.items()}
+        x, new_caches, stats = _run_in_turn(step, split, x, caches, segment_ids)
+        return x, new_caches, [jax.tree.map(lambda leaf: leaf[None], s) for s in stats if s is not None]
 
     def _scan_groups(self, step: Callable, blocks: nnx.Dict, x, caches, segment_ids):
         if not blocks:
@@ -101,11 +101,8 @@ class Decoder(nnx.Module):
 
         def run_group(x, inputs):
             states, group_caches = inputs
-            new_caches, stats = {}, []
-            for index, (graphdef, _) in split.items():
-                cache = group_caches and group_caches[index]
-                x, new_caches[index], block_stats = step(graphdef, states[index], x, cache, segment_ids)
-                stats.append(block_stats)
+            group = {index: (graphdef, states[index]) for index, (graphdef, _) in split.items()}
+            x, new_caches, stats = _run_in_turn(step, group, x, group_caches, segment_ids)
             return x, (new_caches, stats)
 
         states = {index: state for index, (_, state) in split.items()}
@@ -131,6 +128,19 @@ class Decoder(nnx.Module):
             lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape)), caches["groups"]
         )
         return caches
+
+
+def _run_in_turn(step: Callable, split: dict[str, tuple[nnx.GraphDef, nnx.State]], x, caches, segment_ids):
+    """Runs blocks; the gradients of one travel while those of the block before it are computed."""
+    new_caches, stats, names = {}, [], list(split)
+    states = {index: state for index, (_, state) in split.items()}
+    for index, behind in itertools.zip_longest(names, names[1:]):
+        if behind is not None:
+            x, states[behind] = in_turn(x, states[behind])
+        cache = caches and caches[index]
+        x, new_caches[index], block_stats = step(split[index][0], states[index], x, cache, segment_ids)
+        stats.append(block_stats)
+    return x, new_caches, stats
 
 
 @functools.partial(jax.jit, static_argnums=0)  # blocks of one kind are traced and lowered once

@@ -20,11 +20,11 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.layers.moe import Experts, Matrices, mix, run_here, run_sorted
 from kimi_jax.layers.router import Routing
 from kimi_jax.parallel.rules import spec
-from pallas_kernels.grouped_matmul.api import place_rows
+from kimi_jax.parallel.weights import gather_rounded
+from pallas_kernels.grouped_matmul.api import place_rows, spread_rows
 
 MATRIX_AXES = Matrices(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HOME = "expert"  # the mesh axis over which whole experts are spread
-GATHERED = "gathered weights"  # their name for rematerialisation
 
 
 class Plan(NamedTuple):
@@ -61,14 +61,13 @@ def run_on_mesh(
         b, t, D = x_btD.shape
         whole = Matrices(*(_gather(*pair, x_btD.dtype) for pair in zip(matrices, cuts, MATRIX_AXES, strict=True)))
         expert_mk, weight_mk = (x.reshape(b * t, -1) for x in routing)
-        run = _exchange if spread else _stay
+        run = _exchange if HOME in jax.tree.leaves(spread) else _stay
         y_mD, dropped = run(experts, whole, x_btD.reshape(b * t, D), expert_mk, weight_mk)
         y_mD = lax.psum(y_mD, summed) if summed else y_mD
         return y_mD.reshape(b, t, D), lax.psum(dropped, tuple(jax.tree.leaves(tuple(tokens))))
 
-    keep_shards = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
     return jax.shard_map(
-        jax.checkpoint(run_part, policy=keep_shards),
+        run_part,
         in_specs=(cuts, tokens, tokens),
         out_specs=(tokens, P()),
         axis_names=free,
@@ -82,23 +81,11 @@ def _is_names(x: object) -> bool:
 
 # ------------------------------------------------------------------ weights
 def _gather(w: Float[Array, "e a b"], cut: P, names: tuple[str, ...], dtype: jnp.dtype) -> Float[Array, "e A B"]:
-    """Collects matrices whose width is cut, rounded to the dtype of the products."""
-    dim = names.index("embed")
-    if not cut[dim]:
-        return w
-    return jax.ad_checkpoint.checkpoint_name(_gather_rounded(w, cut[dim], dim, dtype), GATHERED)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_rounded(w, over: str | tuple[str, ...], dim: int, dtype: jnp.dtype):
-    """In the dtype of w, whose gradients are summed without rounding, though `dtype` is what travels."""
-    return lax.all_gather(w.astype(dtype), over, axis=dim, tiled=True).astype(w.dtype)
-
-
-_gather_rounded.defvjp(
-    lambda w, over, dim, dtype: (_gather_rounded(w, over, dim, dtype), None),
-    lambda over, dim, dtype, saved, dw: (lax.psum_scatter(dw, over, scatter_dimension=dim, tiled=True),),
-)
+    """Collects matrices that are cut over other axes than `HOME` and those of sums, rounded to the products' dtype."""
+    for dim, name in enumerate(names):
+        over = tuple(axis for axis in jax.tree.leaves(cut[dim]) if axis != HOME and name != "ffn")
+        w = gather_rounded(w, over, dim, dtype) if over else w
+    return w
 
 
 # ------------------------------------------------------------------ tokens
@@ -109,21 +96,30 @@ def _stay(experts: Experts, matrices: Matrices, x_mD, expert_mk, weight_mk):
 def _exchange(experts: Experts, matrices: Matrices, x_mD, expert_mk, weight_mk):
     devices, own = lax.axis_size(HOME), matrices.gate.shape[0]
     plan = plan_exchange(expert_mk, experts.num_experts, devices, experts.capacity)
-    slots = devices * plan.tokens
-    home = jnp.arange(slots) // plan.tokens * own  # first expert of the device that a slot goes to
-    expert_sk = _spread(plan.kept, plan.slot, slots, experts.num_experts) - home[:, None]
+    everywhere = plan.tokens == len(x_mD)  # every token has room on every device
+    x_sD, expert_sk, weight_sk = (_send_to_all if everywhere else _send)(plan, x_mD, weight_mk, experts.num_experts)
+    expert_sk -= lax.axis_index(HOME) * own
     mine_sk = (expert_sk >= 0) & (expert_sk < own)
-    expert_sk = jnp.where(mine_sk, expert_sk, own)
-    weight_sk = jnp.where(mine_sk, spread_slots(weight_mk, plan.slot, slots), 0)
-    arrived = (_swap(a) for a in (spread_slots(x_mD, plan.slot, slots), expert_sk, weight_sk))
-    y_sD = _mix_arrived(experts, matrices, *arrived, rows=devices * plan.rows)
+    expert_sk, weight_sk = jnp.where(mine_sk, expert_sk, own), jnp.where(mine_sk, weight_sk, 0)
+    y_sD = _mix_arrived(experts, matrices, x_sD, expert_sk, weight_sk, rows=devices * plan.rows)
     dropped = jnp.sum((plan.kept != expert_mk), dtype=jnp.float32)
-    return sum_slots(_swap(y_sD), plan.slot), dropped
+    return from_all(y_sD) if everywhere else sum_slots(_swap(y_sD), plan.slot), dropped
+
+
+def _send(plan: Plan, x_mD, weight_mk, none: int):
+    slots = lax.axis_size(HOME) * plan.tokens
+    expert_sk = _spread(plan.kept, plan.slot, slots, none)
+    x_sD, weight_sk = (spread_slots(a, plan.slot, slots) for a in (x_mD, weight_mk))
+    return _swap(x_sD), _swap(expert_sk), _swap(weight_sk)
 
 
 def _swap(x_s: Array) -> Array:
     """Sends the n-th part of the slots to the n-th device."""
     return lax.all_to_all(x_s, HOME, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _send_to_all(plan: Plan, x_mD, weight_mk, none: int):
+    return to_all(x_mD), lax.all_gather(plan.kept, HOME, tiled=True), to_all(weight_mk)
 
 
 def plan_exchange(expert_mk: Int[Array, "m k"], num_experts: int, devices: int, capacity: float) -> Plan:
@@ -152,12 +148,11 @@ def plan_exchange(expert_mk: Int[Array, "m k"], num_experts: int, devices: int, 
 
 def _mix_arrived(experts: Experts, matrices: Matrices, x_sD, expert_sk, weight_sk, *, rows: int):
     """`mix` for tokens most of whose choices are not here: at most `rows` are."""
-    own = matrices.gate.shape[0]
-    row_sk, sizes = place_rows(expert_sk, own)
-    row_sk = jnp.where(expert_sk < own, row_sk, _beyond(rows, row_sk))
-    scale = jnp.zeros(rows, weight_sk.dtype).at[row_sk].set(weight_sk, mode="drop", unique_indices=True)
-    y = run_sorted(matrices, spread_slots(x_sD, row_sk, rows), scale, sizes, experts.implementation)
-    return sum_slots(y, row_sk)
+    place_sk, sizes = place_rows(expert_sk, matrices.gate.shape[0])
+    scale = jnp.zeros(rows, weight_sk.dtype).at[place_sk].set(weight_sk, mode="drop", unique_indices=True)
+    moves = "xla" if experts.implementation == "reference" else experts.implementation
+    x_rD = fill_rows(x_sD, place_sk, jnp.sum(sizes), rows, moves)
+    return sum_filled(run_sorted(matrices, x_rD, scale, sizes, experts.implementation), place_sk, jnp.sum(sizes), moves)
 
 
 def _beyond(end: int, like: Array) -> Int[Array, "m k"]:
@@ -190,6 +185,40 @@ def sum_slots(y_sD: Float[Array, "s D"], slot_mk: Int[Array, "m k"]) -> Float[Ar
     return jnp.sum(rows, axis=1, dtype=jnp.promote_types(y_sD.dtype, jnp.float32)).astype(y_sD.dtype)
 
 
+@jax.custom_vjp
+def to_all(x_mD: Float[Array, "m D"]) -> Float[Array, "s D"]:
+    """The tokens of all devices, one device's behind the other's; the gradient is `from_all`."""
+    return lax.all_gather(x_mD, HOME, axis=0, tiled=True)
+
+
+@jax.custom_vjp
+def from_all(y_sD: Float[Array, "s D"]) -> Float[Array, "m D"]:
+    """Sums what all devices made of this one's tokens, in float32; the gradient is `to_all`."""
+    y_nmD = _swap(y_sD).reshape(lax.axis_size(HOME), -1, *y_sD.shape[1:])
+    return jnp.sum(y_nmD, axis=0, dtype=jnp.promote_types(y_sD.dtype, jnp.float32)).astype(y_sD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def fill_rows(
+    x_sD: Float[Array, "s D"], place_sk: Int[Array, "s k"], used: Int[Array, ""], rows: int, implementation: str
+) -> Float[Array, "r D"]:
+    """Copies x[t] to the rows place[t, 0], place[t, 1], ...; the gradient is `sum_filled`.
+
+    Args:
+      place_sk: every number from 0 to s k once; those from `rows` on do not exist.
+      used: rows that count; the copies in the others are numbers like any, but nothing comes of them.
+    """
+    return spread_rows(x_sD, place_sk, implementation, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def sum_filled(
+    y_rD: Float[Array, "r D"], place_sk: Int[Array, "s k"], used: Int[Array, ""], implementation: str
+) -> Float[Array, "s D"]:
+    """Sums the rows place[t, 0], place[t, 1], ... that count, in float32; the gradient is `fill_rows`."""
+    return sum_slots(y_rD, jnp.where(place_sk < used, place_sk, len(y_rD)))
+
+
 # Automatic differentiation would turn gathers into sums by scattering, which are slow and of no fixed order.
 spread_slots.defvjp(
     lambda x, slot, slots: (spread_slots(x, slot, slots), slot),
@@ -198,4 +227,14 @@ spread_slots.defvjp(
 sum_slots.defvjp(
     lambda y, slot: (sum_slots(y, slot), (slot, y.shape[0])),
     lambda saved, dy: (spread_slots(dy, *saved), None),
+)
+to_all.defvjp(lambda x: (to_all(x), None), lambda _, dy: (from_all(dy),))
+from_all.defvjp(lambda y: (from_all(y), None), lambda _, dy: (to_all(dy),))
+fill_rows.defvjp(
+    lambda x, place, used, rows, implementation: (fill_rows(x, place, used, rows, implementation), (place, used)),
+    lambda rows, implementation, saved, dy: (sum_filled(dy, *saved, implementation), None, None),
+)
+sum_filled.defvjp(
+    lambda y, place, used, implementation: (sum_filled(y, place, used, implementation), (place, used, len(y))),
+    lambda implementation, saved, dy: (fill_rows(dy, *saved, implementation), None, None),
 )

@@ -14,14 +14,15 @@ from pallas_kernels.partition import BATCH_AXES, HEAD_AXES
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "tokens": ("context",),
-    "experts": ("expert",),
+    "experts": ("expert", "fsdp"),
     "embed": ("fsdp", "expert"),
     "vocab": ("tensor",),
     "heads": HEAD_AXES,
     "ffn": ("tensor",),
 }
 """Names that are absent (head_dim, rank, latent, conv, layers) are not cut. Of an array whose dimensions want the same
-mesh axis the first one has it: experts are cut over `expert`, so that their `embed` is cut over `fsdp` alone."""
+mesh axis the first one has it: of experts that divide over `expert` and `fsdp`, `embed` stays whole. Then whole experts
+are gathered, in one piece: what is cut along an inner dimension is rearranged after gathering and before scattering."""
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:

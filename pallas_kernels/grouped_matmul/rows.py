@@ -32,12 +32,13 @@ def place_rows(group: Int[Array, "T k"], num_groups: int) -> tuple[Int[Array, "T
     return jnp.take_along_axis(before, group, 1) + earlier, sizes[:-1]
 
 
-def refuse(x, row) -> str | None:
+def refuse(x, row, num_rows) -> str | None:
     return refuse_device() or rows_mosaic_gpu.unserved(x)
 
 
-def _gather(x: Float[Array, "T D"], row: Int[Array, "T k"]) -> Float[Array, "T*k D"]:
-    token = jnp.zeros(row.size, jnp.int32).at[row].set(jnp.arange(row.shape[0])[:, None], unique_indices=True)
+def _gather(x: Float[Array, "T D"], row: Int[Array, "T k"], num_rows: int) -> Float[Array, "R D"]:
+    token = jnp.zeros(num_rows, jnp.int32)
+    token = token.at[row].set(jnp.arange(row.shape[0])[:, None], unique_indices=True, mode="drop")
     return x[token]
 
 
@@ -47,29 +48,33 @@ IMPLEMENTATIONS = {  # fastest first
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def spread_rows(x: Float[Array, "T D"], row: Int[Array, "T k"], implementation: str = "auto") -> Float[Array, "T*k D"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def spread_rows(
+    x: Float[Array, "T D"], row: Int[Array, "T k"], implementation: str = "auto", num_rows: int | None = None
+) -> Float[Array, "R D"]:
     """Copies x[t] to the rows row[t, 0], row[t, 1], ...; the gradient is `sum_rows`.
 
     Args:
-      row: int32; every row of the result exactly once.
+      row: int32; every number from 0 to T k exactly once.
       implementation: "auto", "mosaic_gpu" or "xla".
+      num_rows: of the result, at most T k: rows from there on do not exist; None: T k.
     """
-    return call("spread_rows", IMPLEMENTATIONS, implementation, x, row)
+    return call("spread_rows", IMPLEMENTATIONS, implementation, x, row, row.size if num_rows is None else num_rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def sum_rows(y: Float[Array, "T*k D"], row: Int[Array, "T k"], implementation: str = "auto") -> Float[Array, "T D"]:
+def sum_rows(y: Float[Array, "R D"], row: Int[Array, "T k"], implementation: str = "auto") -> Float[Array, "T D"]:
     """Sums the rows row[t, 0], row[t, 1], ... of y in float32, rounded once; the gradient is `spread_rows`."""
-    return jnp.sum(y[row], axis=1, dtype=jnp.promote_types(y.dtype, jnp.float32)).astype(y.dtype)
+    rows = y[row] if len(y) == row.size else y.at[row].get(mode="fill", fill_value=0)
+    return jnp.sum(rows, axis=1, dtype=jnp.promote_types(y.dtype, jnp.float32)).astype(y.dtype)
 
 
 # Automatic differentiation would turn gathers into sums by scattering, which are slow and of no fixed order.
 spread_rows.defvjp(
-    lambda x, row, implementation: (spread_rows(x, row, implementation), row),
-    lambda implementation, row, dy: (sum_rows(dy, row, implementation), None),
+    lambda x, row, implementation, num_rows: (spread_rows(x, row, implementation, num_rows), row),
+    lambda implementation, num_rows, row, dy: (sum_rows(dy, row, implementation), None),
 )
 sum_rows.defvjp(
-    lambda y, row, implementation: (sum_rows(y, row, implementation), row),
-    lambda implementation, row, dy: (spread_rows(dy, row, implementation), None),
+    lambda y, row, implementation: (sum_rows(y, row, implementation), (row, len(y))),
+    lambda implementation, saved, dy: (spread_rows(dy, saved[0], implementation, saved[1]), None),
 )

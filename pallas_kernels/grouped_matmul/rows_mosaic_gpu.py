@@ -1,5 +1,7 @@
 """Rows to their places on Hopper: every row is read once and written to each of its places by the copy engine."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -30,24 +32,25 @@ def _box(columns: int) -> int:
     return max(box for box in range(8, 257, 8) if columns % box == 0)
 
 
-def spread_rows(x: Float[Array, "T D"], row: Int[Array, "T k"]) -> Float[Array, "T*k D"]:
+def spread_rows(x: Float[Array, "T D"], row: Int[Array, "T k"], num_rows: int) -> Float[Array, "R D"]:
     """See `pallas_kernels.grouped_matmul.rows.spread_rows`."""
-    return by_rows(_spread_models)(x[None], row[None])[0]
+    return by_rows(functools.partial(_spread_models, num_rows=num_rows))(x[None], row[None])[0]
 
 
-def _spread_models(x: Float[Array, "M T D"], row: Int[Array, "M T k"]) -> Float[Array, "M T*k D"]:
+def _spread_models(x: Float[Array, "M T D"], row: Int[Array, "M T k"], num_rows: int) -> Float[Array, "M R D"]:
     """Several models at once, whose rows stand behind each other."""
-    (M, T, D), k = x.shape, row.shape[2]
-    row = row + jnp.arange(0, M * T * k, T * k, dtype=row.dtype)[:, None, None]
-    return _spread(x.reshape(M * T, D), row.reshape(M * T, k)).reshape(M, T * k, D)
+    (M, T, D), k, R = x.shape, row.shape[2], num_rows
+    first = jnp.arange(0, M * R, R, dtype=row.dtype)[:, None, None]
+    row = row + first if num_rows == T * k else jnp.where(row < R, row + first, M * R)
+    return _spread(x.reshape(M * T, D), row.reshape(M * T, k), M * R).reshape(M, R, D)
 
 
-def _spread(x, row):
+def _spread(x, row, num_rows: int):
     (T, D), k = x.shape, row.shape[1]
     steps, box = T // TOKENS, _box(D)
     blocks = min(BLOCKS if D <= WIDEST else BLOCKS // 2, steps)
 
-    def kernel(x, row, y, buffer, arrived):
+    def grouped_spread_rows(x, row, y, buffer, arrived):
         block = lax.axis_index("block")
         mine = lax.div(steps - block + blocks - 1, blocks)
 
@@ -63,7 +66,7 @@ def _spread(x, row):
             places = [[row[first + t, j] for j in range(k)] for t in range(TOKENS)]
             plgpu.barrier_wait(arrived.at[slot])
             for t in range(TOKENS):
-                for place in places[t]:
+                for place in places[t]:  # the copy engine leaves out those behind the last row
                     plgpu.copy_smem_to_gmem(buffer.at[slot, pl.ds(t, 1)], y.at[pl.ds(place, 1)], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot of the step before is free again
@@ -82,8 +85,8 @@ def _spread(x, row):
         plgpu.wait_smem_to_gmem(0)
 
     launch = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((T * k, D // box, box), x.dtype),
+        grouped_spread_rows,
+        out_type=jax.ShapeDtypeStruct((num_rows, D // box, box), x.dtype),
         grid=(blocks,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
@@ -92,4 +95,4 @@ def _spread(x, row):
             plgpu.Barrier(num_barriers=STAGES),
         ],
     )
-    return launch(x.reshape(T, D // box, box), row).reshape(T * k, D)
+    return launch(x.reshape(T, D // box, box), row).reshape(num_rows, D)

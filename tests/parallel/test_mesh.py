@@ -175,9 +175,11 @@ def test_an_array_is_cut_where_it_divides():
     assert spec(("vocab", "embed"), (263, 30), mesh) == jax.P(None, None)
     assert spec(("batch", "tokens", None), (8, 3, 3), mesh) == jax.P(("data", "fsdp"), None, None)
     assert spec(("batch", None, None), (6, 3, 3), mesh) == jax.P("data", None, None)
-    assert spec(("layers", "experts", "conv"), (8, 8, 8), mesh) == jax.P(None, None, None)
+    assert spec(("layers", "rank", "conv"), (8, 8, 8), mesh) == jax.P(None, None, None)
     experts = abstract_mesh(config.Mesh(data=1, fsdp=2, expert=4), 8)
-    assert spec(("layers", "experts", "embed", "ffn"), (6, 8, 16, 16), experts) == jax.P(None, "expert", "fsdp", None)
+    names = ("layers", "experts", "embed", "ffn")
+    assert spec(names, (6, 8, 16, 16), experts) == jax.P(None, ("expert", "fsdp"), None, None)
+    assert spec(names, (6, 4, 16, 16), experts) == jax.P(None, "expert", "fsdp", None)
     assert spec(("embed", "heads"), (16, 4), experts) == jax.P(("fsdp", "expert"), None)
 
 
