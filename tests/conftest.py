@@ -11,6 +11,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("multi_device") and jax.device_count() < 8:
+        pytest.skip("needs eight devices: make test-multi-device")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory) -> str:
     """Equal programs are compiled once per session (per worker of `pytest -n`), subprocesses included."""
