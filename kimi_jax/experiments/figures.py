@@ -12,6 +12,7 @@ from kimi_jax.experiments.scaling import PowerLaw, fit_power_law
 INK, GRID = "#1f2430", "#e3e6ec"
 COLORS = ("#3b6fb6", "#d1495b", "#2e8b57", "#e09f3e", "#7b5ea7", "#3aa6a6", "#8c564b", "#b5487f", "#6b7280", "#9aa63a")
 MARKERS = "osD^vP"
+LOSS, RATE_KEY = "validation_loss_nats", "optim.peak_lr"
 MANY = 24  # lines in one figure beyond which nothing can be told apart
 METRIC_NAMES = {
     "loss_nats": "training loss (nats per token)",
@@ -32,6 +33,7 @@ def draw_all(results: Sequence[Result], folder: Path) -> list[Path]:
         paths.append(_draw_by_position(groups, evaluation, folder / f"{evaluation}_by_position.png"))
     paths += [_draw_by_length(results, folder / "accuracy_by_length.png")]
     paths += [_draw_by_step(results, folder / "accuracy_by_step.png")]
+    paths += [_draw_by_rate(results, folder / f"{LOSS}_by_rate.png")]
     paths += [_draw_scaling(results, folder / "scaling.png")]
     return [path for path in paths if path]
 
@@ -142,7 +144,29 @@ def _draw_by_step(results: Sequence[Result], path: Path) -> Path | None:
     def finish(axes: Any) -> None:
         axes.set_xlabel("optimizer step", color=INK)
 
-    return _draw_by_task(results, ("optim.peak_lr",), line, finish, path)
+    return _draw_by_task(results, (RATE_KEY,), line, finish, path)
+
+
+def _draw_by_rate(results: Sequence[Result], path: Path) -> Path | None:
+    """The last validation loss by learning rate, a line per group with several: the mean of its seeds, each a point."""
+    shown = [(group.label, _by_rate(group)) for group in group_runs(results, (RATE_KEY,))]
+    shown = [(label, losses) for label, losses in shown if len(losses) > 1]
+    if not shown or len(shown) > MANY:
+        return None
+
+    def draw(axes: Any) -> None:
+        for i, (label, losses) in enumerate(shown):
+            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            axes.plot(list(losses), [np.mean(values) for values in losses.values()], label=label, **style)
+            for rate, values in losses.items():
+                axes.plot([rate] * len(values), values, ".", color=style["color"], markersize=3)
+        axes.set_xscale("log")
+        rates = sorted({rate for _, losses in shown for rate in losses})
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
+        axes.set_xlabel("peak learning rate", color=INK)
+
+    return _save(draw, path, METRIC_NAMES[LOSS])
 
 
 def _draw_by_task(
@@ -188,18 +212,29 @@ def _best_by(runs: Sequence[Result], key: Callable[[Result], int]) -> Mapping[in
 
 
 def scaling_points(results: Sequence[Result]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each family of at least three model sizes: compute in PFLOP/s-days and validation loss of its finished runs.
+    """For each family of at least three model sizes: compute in PFLOP/s-days and validation loss of its finished runs,
+    of several learning rates those of the best.
 
     A family has one pattern of mixers and one kind of data.
     """
+    finished = [run for run in results if run.is_finished and run.last(LOSS) is not None]
     families: dict[str, list[tuple[float, float]]] = {}
     sizes: dict[str, set[int]] = {}
-    for run in results:
-        loss = run.last("validation_loss_nats")
-        if run.is_finished and loss is not None:
-            families.setdefault(_family(run), []).append((run.flops / PF_DAY, loss))
-            sizes.setdefault(_family(run), set()).add(run.active_parameters)
+    for group in group_runs(finished, (RATE_KEY,)):
+        best = min(_by_rate(group).values(), key=np.mean)
+        family = _family(group.runs[0])
+        families.setdefault(family, []).extend((group.runs[0].flops / PF_DAY, loss) for loss in best)
+        sizes.setdefault(family, set()).add(group.runs[0].active_parameters)
     return {name: tuple(np.array(sorted(found)).T) for name, found in families.items() if len(sizes[name]) > 2}
+
+
+def _by_rate(group: Group) -> Mapping[float, Sequence[float]]:
+    """The last validation losses of a group by learning rate, in its order."""
+    found: dict[float, list[float]] = {}
+    for run in sorted(group.runs, key=lambda run: run.config.optim.peak_lr):
+        if (loss := run.last(LOSS)) is not None:
+            found.setdefault(run.config.optim.peak_lr, []).append(loss)
+    return found
 
 
 def _family(run: Result) -> str:
@@ -228,7 +263,7 @@ def _draw_scaling(results: Sequence[Result], path: Path) -> Path | None:
         axes.set_yscale("log")
         axes.set_xlabel("compute (PFLOP/s-days)", color=INK)
 
-    return _save(draw, path, METRIC_NAMES["validation_loss_nats"])
+    return _save(draw, path, METRIC_NAMES[LOSS])
 
 
 def _save(

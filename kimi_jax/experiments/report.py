@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kimi_jax.experiments.figures import draw_all, fit_families
+import numpy as np
+
+from kimi_jax.experiments.figures import draw_all, fit_families, scaling_points
 from kimi_jax.experiments.results import VALIDATION, Result, group_runs, read_results
-from kimi_jax.experiments.scaling import PowerLaw
+from kimi_jax.experiments.scaling import PowerLaw, compute_ratio
 from kimi_jax.train.run_dir import write_whole
 
 type Table = Sequence[Mapping[str, str]]
@@ -90,18 +92,28 @@ def group_table(results: Sequence[Result]) -> Table:
 
 
 def scaling_table(results: Sequence[Result]) -> Table:
-    """The fitted scaling law of each family of sizes; empty without three sizes of any."""
-    return [_law_row(name, law) for name, law in fit_families(results).items()]
+    """The fitted scaling law of each family of sizes, and the compute of each other one at equal loss, in the middle of
+    all compute that was spent; empty without three sizes of any."""
+    points, laws = scaling_points(results), fit_families(results)
+    middle = np.exp(np.mean(np.log(np.concatenate([compute for compute, _ in points.values()])))) if points else 1.0
+    return [_law_row(name, laws, float(middle)) for name in laws]
 
 
-def _law_row(name: str, law: PowerLaw) -> dict[str, str]:
+def _law_row(name: str, laws: Mapping[str, PowerLaw], middle: float) -> dict[str, str]:
+    law = laws[name]
     return {
         "family": name,
         "a": f"{law.a:.4f}",
         "a, 95 %": f"{law.a_interval[0]:.4f} to {law.a_interval[1]:.4f}",
         "b": f"{law.b:.4f}",
         "b, 95 %": f"{law.b_interval[0]:.4f} to {law.b_interval[1]:.4f}",
+        **{f"{other} needs": _needs(law, laws[other], middle) for other in laws if len(laws) > 1},
     }
+
+
+def _needs(law: PowerLaw, other: PowerLaw, compute: float) -> str:
+    ratio, low, high = compute_ratio(law, other, compute)
+    return "1" if law is other else f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _number(value: float | None) -> str:

@@ -1,7 +1,8 @@
-"""The scaling law of a family of runs: L = a C^-b by least squares of the logarithms, with its confidence."""
+"""The scaling law of a family of runs: L = a C^-b by least squares of the logarithms, and what two of them say of
+compute at equal loss, each with its confidence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.special import stdtrit
@@ -17,12 +18,16 @@ class PowerLaw:
       a: loss at C = 1.
       b: exponent, positive where more compute helps.
       a_interval, b_interval: 95 % confidence; (nan, nan) for two points, which leave nothing to judge by.
+      covariance: [2, 2], of log a and b.
+      freedom: points beyond two.
     """
 
     a: float
     b: float
     a_interval: tuple[float, float]
     b_interval: tuple[float, float]
+    covariance: np.ndarray = field(repr=False)
+    freedom: int
 
     def __call__(self, compute: np.ndarray) -> np.ndarray:
         return self.a * compute**-self.b
@@ -41,15 +46,29 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
     design = np.stack([np.ones_like(x), -x], axis=1)
     (log_a, b), *_ = np.linalg.lstsq(design, y, rcond=None)
     freedom = len(x) - 2
-    if freedom:
-        variance = np.sum((y - design @ (log_a, b)) ** 2) / freedom
-        error = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
-        half_a, half_b = error * stdtrit(freedom, UPPER)
-    else:
-        half_a = half_b = np.nan
+    variance = np.sum((y - design @ (log_a, b)) ** 2) / freedom if freedom else np.nan
+    covariance = variance * np.linalg.inv(design.T @ design)
+    half_a, half_b = np.sqrt(np.diag(covariance)) * stdtrit(freedom, UPPER)
     return PowerLaw(
         a=float(np.exp(log_a)),
         b=float(b),
         a_interval=(float(np.exp(log_a - half_a)), float(np.exp(log_a + half_a))),
         b_interval=(float(b - half_b), float(b + half_b)),
+        covariance=covariance,
+        freedom=freedom,
     )
+
+
+def compute_ratio(law: PowerLaw, other: PowerLaw, compute: float) -> tuple[float, float, float]:
+    """How many times `compute` the `other` family needs for the loss that this one reaches with `compute`.
+
+    Returns:
+      The ratio and the ends of its 95 % interval, to first order in the errors of both fits; nan where one has none.
+    """
+    x = np.log(compute)
+    log_loss = np.log(law.a) - law.b * x
+    needed = (np.log(other.a) - log_loss) / other.b  # the logarithm of compute
+    by_law, by_other = np.array([-1.0, x]) / other.b, np.array([1.0, -needed]) / other.b
+    error = np.sqrt(by_law @ law.covariance @ by_law + by_other @ other.covariance @ by_other)
+    half = error * stdtrit(law.freedom + other.freedom, UPPER)
+    return tuple(float(np.exp(needed - x + shift)) for shift in (0.0, -half, half))

@@ -11,10 +11,10 @@ from matplotlib.image import imread
 
 from kimi_jax.config.load import dump
 from kimi_jax.errors import UserError
-from kimi_jax.experiments.figures import fit_families
+from kimi_jax.experiments.figures import fit_families, scaling_points
 from kimi_jax.experiments.report import write_report
 from kimi_jax.experiments.results import SWEPT_OVER, _label, group_runs, read_results
-from kimi_jax.experiments.scaling import fit_power_law
+from kimi_jax.experiments.scaling import compute_ratio, fit_power_law
 from kimi_jax.experiments.sweep import load_sweep
 from kimi_jax.train.run_dir import RunDir
 
@@ -66,6 +66,7 @@ def test_seeds_are_put_together(tmp_path):
         "loss_nats.png",
         "validation_loss_nats.png",
         "validation_loss_nats_bars.png",
+        "validation_loss_nats_by_rate.png",
     }
     assert all(map(is_picture, figures))
     page = written[-1].read_text()
@@ -159,6 +160,19 @@ def test_the_intervals_hold_as_often_as_they_say():
     assert np.isnan(fit_power_law(compute[:2], compute[:2]).b_interval).all()
 
 
+def test_compute_at_equal_loss():
+    compute = np.geomspace(0.1, 10, 8)
+    one, other = fit_power_law(compute, 2.2 * compute**-0.05), fit_power_law(compute, 2.3 * compute**-0.06)
+    ratio, low, high = compute_ratio(one, other, 3.0)
+    assert other(3.0 * ratio) == pytest.approx(one(3.0)) and low == pytest.approx(high)
+    random, inside = np.random.default_rng(0), []
+    for _ in range(400):
+        noisy = [law(compute) * np.exp(0.002 * random.normal(size=8)) for law in (one, other)]
+        _, low, high = compute_ratio(*(fit_power_law(compute, loss) for loss in noisy), 3.0)
+        inside.append(low <= ratio <= high)
+    assert 0.92 < np.mean(inside) < 0.98
+
+
 def test_sizes_of_one_pattern_make_a_scaling_law(tmp_path):
     def value(run, fraction):
         return {"validation_loss_nats": 3.0 * (run.config.model.model_dim / 32) ** -0.1}
@@ -169,6 +183,21 @@ def test_sizes_of_one_pattern_make_a_scaling_law(tmp_path):
     assert set(laws) == {"1kda-1mla", "1mla"} and all(law.b > 0 for law in laws.values())
     written = write_report(runs_dir, tmp_path / "report")
     assert {"scaling.png", "scaling.csv"} <= {path.name for path in written}
+    table = {row["family"]: row for row in read_csv(tmp_path / "report" / "scaling.csv")}
+    assert table["1mla"]["1mla needs"] == "1" and table["1mla"]["1kda-1mla needs"].endswith(")")
+
+
+def test_of_several_learning_rates_the_best_counts(tmp_path):
+    def value(run, fraction):
+        worse = abs(np.log(run.config.optim.peak_lr / 2e-3))
+        return {"validation_loss_nats": 3.0 * (run.config.model.model_dim / 32) ** -0.1 + worse}
+
+    dims = {"model.model_dim": [32, 64, 96], "train.steps": [10, 20, 30]}
+    runs_dir = make_runs(tmp_path, value, zip=dims, grid={"optim.peak_lr": [1e-3, 2e-3, 4e-3]}, seeds=[0, 1])
+    (points,) = scaling_points(read_results(runs_dir)).values()
+    np.testing.assert_allclose(points[1], np.repeat([3.0 * 3**-0.1, 3.0 * 2**-0.1, 3.0], 2)[::-1])
+    written = write_report(runs_dir, tmp_path / "report")
+    assert is_picture(next(path for path in written if path.name == "validation_loss_nats_by_rate.png"))
 
 
 def test_folders_without_runs_are_named(tmp_path):
