@@ -51,6 +51,10 @@ def main() -> int:
     runs = [run for unit in units for run in unit.runs]
     if not runs:
         raise UserError(f"--only={arguments.only!r}: no run of {arguments.sweep} has it in its name")
+    asked = resources.from_arguments(arguments)
+    if arguments.launcher == "slurm" and len(units) < len(runs) and (asked.nodes, asked.tasks) != (1, 1):
+        each = f"{asked.tasks} processes on each of {asked.nodes} nodes"
+        raise UserError(f"--launcher slurm asks for {each}, but runs trained together need one: --gpus-per-node 1")
     if not arguments.dry_run:
         make_runs_dir(runs_dir)
     train = (sys.executable, str(Path(__file__).resolve().with_name("train.py")))
@@ -58,7 +62,7 @@ def main() -> int:
     at_once = arguments.at_once or len(gpus) or 1
     console = Console()
     if arguments.launcher == "print" and not arguments.dry_run:
-        print(plan_sweep.batch_script(units, runs_dir, train))
+        print(plan_sweep.batch_script(units, runs_dir, train, asked, arguments.at_once))
         return 0
     runs_at_once = at_once * len(runs) // len(units)  # a process trains a group
     console.print(plan_sweep.plan_table(plan_sweep.plan(runs, runs_dir), runs_dir, at_once=runs_at_once))
@@ -73,7 +77,7 @@ def main() -> int:
 
     if arguments.launcher == "slurm":
         limit = arguments.at_once or len(units)
-        launcher = Slurm(runs_dir, train, resources.from_arguments(arguments), limit)
+        launcher = Slurm(runs_dir, train, asked, limit)
     else:
         launcher = launch.Local(runs_dir, train, at_once, gpus)
     with catch_stop_signals() as stop:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kimi_jax.experiments.launch import Unit
+from kimi_jax.experiments.resources import Resources
 from kimi_jax.experiments.sweep import Run
 from kimi_jax.models.counts import count_flops, count_parameters
 from kimi_jax.train.metrics import read_metrics
@@ -82,20 +83,30 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
-def batch_script(runs: Sequence[Unit], runs_dir: Path, train: Sequence[str]) -> str:
+def batch_script(
+    runs: Sequence[Unit], runs_dir: Path, train: Sequence[str], resources: Resources, at_once: int | None = None
+) -> str:
     """Writes the configs of unfinished runs; returns an sbatch script with one array task for each, or each group.
 
-    A task that is started again goes on from its checkpoint. `B:` has the signal sent to the batch process itself,
-    which `exec` makes the training; without it Slurm signals the steps that srun starts, and there are none.
+    A task is one process with one GPU; one that is started again goes on from its checkpoint. `B:` has the signal sent
+    to the batch process itself, which `exec` makes the training; without it Slurm signals the steps that srun starts,
+    and there are none.
+
+    Args:
+      runs: the members of the sweep, alone or in groups.
+      runs_dir: where they are, on a disk that the nodes share.
+      train: command that trains, before the arguments of scripts/train.py.
+      resources: of each task: time, seconds to save in, further options.
+      at_once: tasks that may run at the same time; None: no limit.
     """
-    commands = []
-    for run in runs:
-        if not run.is_finished(runs_dir):
-            commands.append(shlex.join(run.prepare(runs_dir, train)))
+    commands = [shlex.join(run.prepare(runs_dir, train)) for run in runs if not run.is_finished(runs_dir)]
+    limit = f"%{at_once}" if at_once else ""
     lines = [
         "#!/bin/bash",
-        f"#SBATCH --array=0-{len(commands) - 1}",
-        "#SBATCH --gpus=1 --requeue --open-mode=append --signal=B:TERM@120",
+        f"#SBATCH --array=0-{len(commands) - 1}{limit}",
+        f"#SBATCH --time={resources.minutes} --gpus=1 --requeue --open-mode=append",
+        f"#SBATCH --signal=B:TERM@{resources.save_s}",
+        *(f"#SBATCH --{name}={value}" for name, value in resources.options.items()),
         "commands=(",
         *(f"  {shlex.quote(command)}" for command in commands),
         ")",

@@ -22,6 +22,7 @@ from kimi_jax.errors import UserError
 from kimi_jax.experiments import launch
 from kimi_jax.experiments.launch import Local
 from kimi_jax.experiments.plan_sweep import batch_script, plan, plan_table
+from kimi_jax.experiments.resources import Resources
 from kimi_jax.experiments.sweep import digest, group_runs, load_sweep, make_runs_dir
 from kimi_jax.train.metrics import read_metrics
 from kimi_jax.train.run_dir import IN_USE
@@ -225,13 +226,15 @@ def test_each_process_gets_one_gpu(tmp_path):
 
 def test_the_batch_script_runs_the_same_commands(tmp_path, stand_in):
     runs = load_sweep(write(tmp_path, grid={"train.seed": [0, 1, 2]}))
-    script = batch_script(runs, tmp_path / "with space", stand_in)
-    assert "#SBATCH --array=0-2" in script and "--signal=B:TERM@" in script, "the training is the batch process itself"
+    asked = Resources(minutes=90, save_s=60, options={"partition": "long"})
+    script = batch_script(runs, tmp_path / "with space", stand_in, asked, at_once=2)
+    assert "#SBATCH --array=0-2%2\n#SBATCH --time=90 --gpus=1" in script and "#SBATCH --partition=long" in script
+    assert "--signal=B:TERM@60" in script, "the training is the batch process itself"
     for task in range(3):
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task)}
         subprocess.run(["bash", "-c", script], env=environment, check=True)
     assert all(run.is_finished(tmp_path / "with space") for run in runs)
-    assert batch_script(runs, tmp_path / "with space", stand_in) == "# every run is finished"
+    assert batch_script(runs, tmp_path / "with space", stand_in, asked) == "# every run is finished"
 
 
 def test_groups_are_runs_that_differ_in_nothing_else(tmp_path, stand_in):
