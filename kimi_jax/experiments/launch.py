@@ -23,6 +23,7 @@ type Unit = Run | Group
 """What one process trains."""
 
 POLL_S = 0.2
+MEMORY = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")  # of the GPU, for one process
 BUSY_S = 5.0  # before a run that another process holds is looked at again
 
 
@@ -124,11 +125,15 @@ class Local:
         return _Process(run, handle, device, time.monotonic(), log, log_start)
 
     def _environment(self, device: str | None) -> dict[str, str]:
-        """Gives a process its GPU, and its share of the memory where several processes have the same."""
+        """Gives a process its GPU, and its share of the memory where several processes have the same.
+
+        Whoever says how memory is taken is left alone: without preallocation a process takes what it needs.
+        """
         if device is None:
             return {}
         share = -(-self.at_once // len(self.devices))
-        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / share:.3f}"} if share > 1 else {}
+        shared = share > 1 and not any(name in os.environ for name in MEMORY)
+        memory = {MEMORY[0]: f"{0.9 / share:.3f}"} if shared else {}
         return {"CUDA_VISIBLE_DEVICES": device, **memory}
 
     def _settle(self, process: _Process, stop: StopRequest, note: Report, waiting: deque[tuple[float, Unit]]) -> None:

@@ -224,6 +224,16 @@ def test_each_process_gets_one_gpu(tmp_path):
     assert {outcome.cause for outcome in outcomes} == {"4", "7"}
 
 
+def test_processes_of_one_gpu_share_its_memory(tmp_path, monkeypatch):
+    for name in launch.MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    environment = Local(tmp_path, (), at_once=5, devices=("4", "7"))._environment
+    assert environment("4") == {"CUDA_VISIBLE_DEVICES": "4", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.300"}
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    assert environment("4") == {"CUDA_VISIBLE_DEVICES": "4"}, "they take what they need"
+    assert Local(tmp_path, ())._environment(None) == {}
+
+
 def test_the_batch_script_runs_the_same_commands(tmp_path, stand_in):
     runs = load_sweep(write(tmp_path, grid={"train.seed": [0, 1, 2]}))
     asked = Resources(minutes=90, save_s=60, options={"partition": "long"})
