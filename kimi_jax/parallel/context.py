@@ -25,7 +25,9 @@ from kimi_jax.parallel.rules import spec
 from kimi_jax.types import PyTree
 
 
-def over_tokens(run: Callable[..., Any], whole: PyTree, *arrays: jax.Array, total: bool = False) -> Any:
+def over_tokens(
+    run: Callable[..., Any], whole: PyTree, *arrays: jax.Array, total: bool = False, cuts: PyTree = jax.P()
+) -> Any:
     """Returns run(whole, *arrays) where each device of the mesh in use has its own rows and tokens.
 
     Left to itself XLA makes every step of a scan over tokens the work of one device, or adds up over devices inside it.
@@ -35,6 +37,7 @@ def over_tokens(run: Callable[..., Any], whole: PyTree, *arrays: jax.Array, tota
       whole: arrays that every device has whole, though they may be cut over other mesh axes than rows and tokens.
       arrays: of shape [B, T, ...].
       total: the results are sums over rows and tokens; else they are arrays like those given.
+      cuts: partitions of those of `whole` that `run` takes in parts, over the axes of rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     tokens = jax.P() if mesh.empty else spec(("batch", "tokens"), arrays[0].shape[:2], mesh)
@@ -43,7 +46,7 @@ def over_tokens(run: Callable[..., Any], whole: PyTree, *arrays: jax.Array, tota
         return run(whole, *arrays)
     return jax.shard_map(
         lambda *local: jax.lax.psum(run(*local), axes) if total else run(*local),
-        in_specs=(jax.P(), *(tokens for _ in arrays)),
+        in_specs=(cuts, *(tokens for _ in arrays)),
         out_specs=jax.P() if total else tokens,
         axis_names=set(axes),
         check_vma=False,

@@ -48,6 +48,12 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | Abstract
     return P(*(cut(name, size) for name, size in zip(axes, shape, strict=True)))
 
 
+def axes_of(name: str, size: int) -> tuple[str, ...]:
+    """The axes of the mesh in use over which a dimension of that name and size is cut; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else tuple(jax.tree.leaves(tuple(spec((name,), (size,), mesh))))
+
+
 def constrain(x: Array, axes: Sequence[str | None]) -> Array:
     """States how an activation is cut over the mesh in use; without one, or with one device, nothing happens."""
     mesh = jax.sharding.get_abstract_mesh()

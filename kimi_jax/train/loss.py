@@ -10,6 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.parallel.context import over_tokens
+from kimi_jax.parallel.rules import axes_of
+from kimi_jax.parallel.weights import gather_rounded
 from pallas_kernels.logits.api import Logits, is_target, logits
 
 CHUNK_TOKENS = 4096  # per chunk: of fewer, the products and the sum of the weight's gradient become slow,
@@ -106,11 +108,16 @@ def mean_cross_entropy(
       in float32 and returned in the weight's dtype.
     """
 
+    rows = axes_of("batch", hidden_BTD.shape[0])
+    over = tuple(axis for axis in axes_of("embed", weight_DA.shape[0]) if axis in rows)
+
     def run(whole, hidden, targets, mask):
         weight, count = whole
+        weight = gather_rounded(weight, over, 0, hidden.dtype) if over else weight
         return _mean_cross_entropy(hidden, weight, targets, mask, count, z_weight, chunk)
 
-    return over_tokens(run, (weight_DA, count), hidden_BTD, targets_BT, mask_BT, total=True)
+    cuts = (jax.P(over or None), jax.P())
+    return over_tokens(run, (weight_DA, count), hidden_BTD, targets_BT, mask_BT, total=True, cuts=cuts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
