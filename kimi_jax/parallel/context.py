@@ -24,9 +24,11 @@ import jax
 from kimi_jax.parallel.rules import spec
 from kimi_jax.types import PyTree
 
+WHOLE = jax.P()
+
 
 def over_tokens(
-    run: Callable[..., Any], whole: PyTree, *arrays: jax.Array, total: bool = False, cuts: PyTree = jax.P()
+    run: Callable[..., Any], whole: PyTree, *arrays: jax.Array, total: bool = False, cuts: PyTree = WHOLE
 ) -> Any:
     """Returns run(whole, *arrays) where each device of the mesh in use has its own rows and tokens.
 
