@@ -77,11 +77,11 @@ def recomputes(cfg: RunConfig) -> bool:
 
 # ------------------------------------------------------------------ parameters
 def _parameters(recipe: Recipe, params: PyTree, mesh) -> Iterator[Traffic]:
-    """Gathered in the forward and once more in the backward pass; gradients are summed where the parameter lies.
+    """Gathered once, and once more where blocks are recomputed; gradients are summed where the parameter lies.
 
     Over axes that cut the batch but not the parameter its gradient is summed on all devices.
     """
-    times = recipe.cfg.train.grad_accum
+    times, gathers = recipe.cfg.train.grad_accum, 1 + recomputes(recipe.cfg)
     is_axes = lambda x: isinstance(x, tuple)
     for leaf, axes in zip(jax.tree.leaves(params), jax.tree.leaves(recipe.logical_axes, is_leaf=is_axes), strict=True):
         cuts = spec(axes, leaf.shape, mesh)
@@ -93,7 +93,7 @@ def _parameters(recipe: Recipe, params: PyTree, mesh) -> Iterator[Traffic]:
         n = math.prod(mesh.shape[a] for a in gathered)
         if n > 1:
             share = whole * (n - 1) / n
-            yield Traffic(tuple(gathered), "parameters, gathered", times * 2 * share * item)
+            yield Traffic(tuple(gathered), "parameters, gathered", times * gathers * share * item)
             yield Traffic(tuple(gathered), "gradients, scattered", times * share * leaf.dtype.itemsize)
         copies = tuple(a for a in GRADIENT_AXES if a not in cut and mesh.shape[a] > 1)
         c = math.prod(mesh.shape[a] for a in copies)
