@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.kda.chunk_mosaic_gpu import MEMORY_REGISTERS, STAGES, STRIP, block
+from pallas_kernels.kda.chunk_mosaic_gpu import MEMORY_REGISTERS, STAGES, STRIP, block, blocks_per_head
 from pallas_kernels.kda.prepare_mosaic_gpu import ROWS, C, Prepared, by_column, f16, f32, products, tile
 
 _COLUMNS = ROWS.reduce(0)  # layout of one value per column
@@ -33,14 +33,15 @@ def reverse_chain(
     """
     heads, NT, _, K = prepared.kg.shape
     HV, V = do.shape[2:]
-    num_wgs, state_rows = V // STRIP, (STRIP, K)
+    split = blocks_per_head(V, heads)
+    num_wgs, state_rows = V // STRIP // split, (STRIP, K)
 
     def kda_reverse_chain(
         kg, kr, qg, t, aqk, gamma, beta, do_scale, do, dfinal, ds_out, p_out, dinitial, ds_stage, p_stage
     ):
-        bh, wg = lax.axis_index("head"), lax.axis_index("wg")
+        bh, part, wg = (lax.axis_index(name) for name in ("head", "part", "wg"))
         b, h = lax.div(bh, HV), lax.rem(bh, HV)
-        values = pl.ds(wg * STRIP, STRIP)
+        mine, values = pl.ds(wg * STRIP, STRIP), pl.ds((part * num_wgs + wg) * STRIP, STRIP)
 
         def compute(pipeline):
             ds = plgpu.load(dfinal.at[bh, values], layout=ROWS, optimized=False)
@@ -51,7 +52,7 @@ def reverse_chain(
             n = NT - 1 - index[0]
             ds16 = ds.astype(f16)
             scale = by_column(plgpu.load(scale_s, layout=_COLUMNS))
-            do_t = plgpu.load(do_s.at[:, values].T, layout=ROWS).astype(f32)
+            do_t = plgpu.load(do_s.at[:, mine].T, layout=ROWS).astype(f32)
             do_t = jnp.where(scale > 0.0, do_t * scale, 0.0).astype(f16)
             (dvn,) = products([(do_t, aqk_s), (ds16, kr_s.T)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -73,7 +74,7 @@ def reverse_chain(
         at, vector_at = lambda i: (bh, NT - 1 - i, 0, 0), lambda i: (bh, NT - 1 - i, 0)
         skip = pl.Squeezed()
         cotangents = plgpu.BlockSpec(
-            (skip, C, skip, V), lambda i: (b, NT - 1 - i, h, 0), transforms=tile(8, 64).transforms
+            (skip, C, skip, V // split), lambda i: (b, NT - 1 - i, h, part), transforms=tile(8, 64).transforms
         )
         plgpu.emit_pipeline_warp_specialized(
             chunk,
@@ -99,8 +100,8 @@ def reverse_chain(
             jax.ShapeDtypeStruct((heads, NT, C, V), f16),
             jax.ShapeDtypeStruct((heads, V, K), f32),
         ),
-        grid=(heads,),
-        grid_names=("head",),
+        grid=(heads, split),
+        grid_names=("head", "part"),
         num_threads=num_wgs + 1,
         thread_name="wg",
         scratch_types=[tile(num_wgs, STRIP, K), tile(num_wgs, C, STRIP)],

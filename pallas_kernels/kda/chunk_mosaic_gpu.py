@@ -23,6 +23,12 @@ from pallas_kernels.kda.prepare_mosaic_gpu import (
 STRIP = 64  # value rows of the state per warpgroup, the height of a wgmma
 STAGES = 2  # chunks in flight from device memory
 MEMORY_REGISTERS = 40  # of the warpgroup that only starts copies
+FEW_HEADS = 66  # up to here two blocks per head still find a multiprocessor each
+
+
+def blocks_per_head(V: int, heads: int) -> int:
+    """How many blocks share the values of a head: more than one when heads are too few to fill the device."""
+    return 2 if V == 2 * STRIP and heads <= FEW_HEADS else 1
 
 
 def run_segments(
@@ -45,7 +51,7 @@ def run_segments(
       beta, code: as for `prepare`.
       entering: the state entering each segment, float32; None: zero.
       keep: also return what the backward pass reads.
-      split: blocks per head, each with V / split value rows; more than 1 when heads are too few to fill the device.
+      split: blocks per head, each with V / split value rows; see `blocks_per_head`.
       segments: equal parts of the chunks of every head, which run side by side; must divide N.
 
     Returns:

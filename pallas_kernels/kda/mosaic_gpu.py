@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import relay
 from pallas_kernels.batching import by_rows
 from pallas_kernels.hopper import refuse_device
-from pallas_kernels.kda.chunk_mosaic_gpu import STRIP
+from pallas_kernels.kda.chunk_mosaic_gpu import blocks_per_head
 from pallas_kernels.kda.chunk_mosaic_gpu_vjp import backward, entering_gradient
 from pallas_kernels.kda.gates import Gate
 from pallas_kernels.kda.prepare_mosaic_gpu import PADDING, RESET, C, prepare
@@ -22,7 +22,6 @@ from pallas_kernels.kda.segments_mosaic_gpu import recur
 from pallas_kernels.segments import segment_starts
 
 WIDEST = 128  # key and value channels
-FEW_HEADS = 66  # up to here two blocks per head still find a multiprocessor each
 DTYPES = (jnp.bfloat16, jnp.float16)
 GATE_DTYPES = (*DTYPES, jnp.float32)
 
@@ -163,7 +162,7 @@ def _run_kernels(options: Options, keep: bool, q, k, v, g, beta, gate: Gate, ini
     steps = steps.reshape(B * HV, T // C, C)
     prepared = options.prepare(q, k, g, steps, code, gate, scale=options.scale, normalize_qk=options.normalize_qk)
     first = None if initial_state is None else initial_state.astype(jnp.float32).reshape(B * HV, V, -1)
-    split = 2 if V == 2 * STRIP and B * HV <= FEW_HEADS else 1
+    split = blocks_per_head(V, B * HV)
     enter = functools.partial(_enter, options.axis, continued, (B, HV)) if options.axis else None
     o, final, kept, applied = options.recur(prepared, v, steps, code, first, keep=keep, split=split, enter=enter)
     residuals = (prepared, steps, *kept) if keep else None
