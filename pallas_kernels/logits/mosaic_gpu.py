@@ -28,7 +28,8 @@ from pallas_kernels.tiles_mosaic_gpu import (
 DTYPES = (jnp.bfloat16, jnp.float16)
 RESULT = jnp.float16  # three bits more than bfloat16: errors like those of rounding the gradient of the logits
 DEPTH = PIECE = piece_width(RESULT)  # columns of a step, and of a piece of the result on its way out
-WIDTHS = (256, 192, 128)  # of tiles; the vocabulary is a multiple of one, so that no column beyond it is summed
+WIDTHS = (256, 192, 128)  # of tiles; the first that divides the vocabulary, else the first, and the last tile is masked
+ALIGNMENT = 8  # rows, to whole multiples of which zeros are added: of a swizzled layout
 STAGES, SLOTS = 4, 2  # steps in shared memory; pieces per warpgroup on their way
 LOG2_E = math.log2(math.e)
 
@@ -42,23 +43,17 @@ class Tile(NamedTuple):
 
 
 def refuse(x, weight, targets) -> str | None:
-    """Refuses all but Hopper GPUs, 16-bit rows and vocabularies of whole tiles."""
-    return refuse_device() or refuse_cut_matrices() or unserved(x, weight)
+    """Refuses all but Hopper GPUs and 16-bit rows of whole layouts."""
+    return refuse_device() or refuse_cut_matrices() or unserved(x)
 
 
-def unserved(x, weight) -> str | None:
+def unserved(x) -> str | None:
     """The part of `refuse` that does not ask for devices."""
     if x.dtype not in DTYPES:
         return f"x must be bfloat16 or float16, got {x.dtype}"
-    if x.shape[1] % 8:
-        return f"rows must be multiples of 8 wide, got {x.shape[1]}"
-    if _tile_width(weight.shape[1]) is None:
-        return f"the vocabulary must be a multiple of one of {WIDTHS}, got {weight.shape[1]}"
+    if x.shape[1] % DEPTH:
+        return f"rows must be multiples of {DEPTH} wide, got {x.shape[1]}"
     return None
-
-
-def _tile_width(columns: int) -> int | None:
-    return next((width for width in WIDTHS if columns % width == 0), None)
 
 
 @jax.custom_batching.sequential_vmap
@@ -66,11 +61,14 @@ def logits(
     x: Float[Array, "M D"], weight: Float[Array, "D A"], targets: Int[Array, "M"]
 ) -> tuple[Float[Array, "M A"], Float[Array, "M"], Float[Array, "M"]]:
     """See `api.logits`; tiles that share columns of the weight are neighbours, so that it is read once."""
-    (M, D), A = x.shape, weight.shape[1]
-    width = _tile_width(A)
-    down, across, steps = -(-M // ROWS), A // width, -(-D // DEPTH)
+    (num_rows, D), A = x.shape, weight.shape[1]
+    x = jnp.pad(x, ((0, -num_rows % ALIGNMENT), (0, 0)))
+    weight = jnp.pad(weight, ((0, 0), (0, max(WIDTHS[0] - A, -A % PIECE))))  # whole layouts, at least a tile
+    M = x.shape[0]
+    width = next((width for width in WIDTHS if A % width == 0), WIDTHS[0])
+    down, across, steps = -(-M // ROWS), -(-A // width), D // DEPTH
 
-    def kernel(x, weight, values, sums, left, right, staged, vectors, full, empty):
+    def logits_and_sums(x, weight, values, sums, left, right, staged, vectors, full, empty):
         warpgroup = lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * HEIGHT, HEIGHT)
 
@@ -95,7 +93,8 @@ def logits(
                 slot[...] = rounded[:, first : first + PIECE]
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(slot, values.at[rows, pl.ds(tile.column * width + first, PIECE)])
-            vectors[warpgroup] = _log_sum_exp(rounded.astype(f32))
+            left_over = A - tile.column * width if A % width else None
+            vectors[warpgroup] = _log_sum_exp(rounded.astype(f32), left_over)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(vectors.at[warpgroup], sums.at[tile.column, rows])
 
@@ -109,14 +108,18 @@ def logits(
         plgpu.SMEM((WARPGROUPS, HEIGHT), f32),
         *barriers(STAGES, 2),
     ]
-    results = [jax.ShapeDtypeStruct((M, A), RESULT), jax.ShapeDtypeStruct((across, down * ROWS), f32)]
-    values, sums = launch(kernel, results, scratch)(x, weight)
+    results = [jax.ShapeDtypeStruct((M, weight.shape[1]), RESULT), jax.ShapeDtypeStruct((across, down * ROWS), f32)]
+    values, sums = launch(logits_and_sums, results, scratch)(x, weight)
+    values = values[:num_rows, :A]
     target = jnp.take_along_axis(values, targets[:, None], axis=1)[:, 0].astype(f32)
-    return values, jax.nn.logsumexp(sums[:, :M], axis=0), target
+    return values, jax.nn.logsumexp(sums[:, :num_rows], axis=0), target
 
 
-def _log_sum_exp(values: Float[Array, "R C"]) -> Float[Array, "R"]:
-    """Of each row; two rows of a warpgroup's part of a tile share no thread."""
+def _log_sum_exp(values: Float[Array, "R C"], num_columns: Array | None) -> Float[Array, "R"]:
+    """Of each row, of its first columns alone if it ends inside the tile; a row's values are in four threads."""
+    if num_columns is not None:
+        column = plgpu.broadcasted_iota(jnp.int32, values.shape, 1, layout=plgpu.Layout.WGMMA)
+        values = jnp.where(column < num_columns, values, -jnp.inf)
     peak = jnp.max(values, 1) * LOG2_E
     total = jnp.sum(jnp.exp2(values * LOG2_E - lax.broadcast_in_dim(peak, values.shape, (0,))), 1)
     return peak / LOG2_E + lax.log(total)
