@@ -67,14 +67,17 @@ def mix(
 
 
 def run_here(
-    experts: Experts, x_BTD: Float[Array, "B T D"], routing: Routing
+    experts: Experts,
+    x_BTD: Float[Array, "B T D"],
+    routing: Routing,
+    beside: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]],
 ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-    """The dispatcher of one device: (sum_k weight_k E_k(x), how many choices were dropped: none)."""
+    """The dispatcher of one device: (sum_k weight_k E_k(x) + beside(x), how many choices were dropped: none)."""
     B, T, D = x_BTD.shape
     expert_Mk, weight_Mk = (x.reshape(B * T, -1) for x in routing)
     matrices = experts.matrices(x_BTD.dtype)
     y_MD = mix(matrices, x_BTD.reshape(B * T, D), expert_Mk, weight_Mk, experts.implementation)
-    return y_MD.reshape(B, T, D), jnp.zeros(())
+    return y_MD.reshape(B, T, D) + beside(x_BTD), jnp.zeros(())
 
 
 class Moe(nnx.Module):
@@ -96,6 +99,5 @@ class Moe(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid_BT is None else valid_BT
         routing, stats = self.router(x_BTD, valid_BT)
-        y_BTD, dropped = self.dispatch(self.experts, x_BTD, routing)
-        y_BTD = y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+        y_BTD, dropped = self.dispatch(self.experts, x_BTD, routing, self.shared or jnp.zeros_like)
         return y_BTD, stats._replace(dropped=dropped)

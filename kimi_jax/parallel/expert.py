@@ -8,6 +8,7 @@ counted.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,38 +42,46 @@ class Plan(NamedTuple):
 
 
 def run_on_mesh(
-    experts: Experts, x_BTD: Float[Array, "B T D"], routing: Routing
+    experts: Experts,
+    x_BTD: Float[Array, "B T D"],
+    routing: Routing,
+    beside: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]],
 ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
     """Runs the experts on the mesh in use; a dispatcher of `kimi_jax.layers.moe.Moe`.
 
+    Args:
+      beside: what is computed while rows come back, and while their gradients leave.
+
     Returns:
-      (sum_k weight_k E_k(x), number of dropped choices, float32).
+      (sum_k weight_k E_k(x) + beside(x), number of dropped choices, float32).
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     if math.prod(mesh.shape[name] for name in free) == 1:
-        return run_here(experts, x_BTD, routing)
+        return run_here(experts, x_BTD, routing, beside)
     matrices = experts.matrices(x_BTD.dtype)
     tokens = spec(("batch", "tokens", None), x_BTD.shape, mesh)
+    parts = tuple(jax.tree.leaves(tuple(tokens)))
     cuts = jax.tree.map(lambda axes, w: spec(axes, w.shape, mesh), MATRIX_AXES, matrices, is_leaf=_is_names)
     spread, _, summed = cuts.gate
+    travel = HOME in jax.tree.leaves(spread)
 
     def run_part(matrices: Matrices, x_btD, routing: Routing):
-        b, t, D = x_btD.shape
         whole = Matrices(*(_gather(*pair, x_btD.dtype) for pair in zip(matrices, cuts, MATRIX_AXES, strict=True)))
-        expert_mk, weight_mk = (x.reshape(b * t, -1) for x in routing)
-        run = _exchange if HOME in jax.tree.leaves(spread) else _stay
-        y_mD, dropped = run(experts, whole, x_btD.reshape(b * t, D), expert_mk, weight_mk)
-        y_mD = lax.psum(y_mD, summed) if summed else y_mD
-        return y_mD.reshape(b, t, D), lax.psum(dropped, tuple(jax.tree.leaves(tuple(tokens))))
+        flat = (x.reshape(-1, x.shape[-1]) for x in (x_btD, *routing))
+        y_sD, slot_mN, dropped = (_mix_away if travel else _mix_at_home)(experts, whole, *flat)
+        return lax.psum(y_sD, summed) if summed else y_sD, slot_mN, lax.psum(dropped, parts)
 
-    return jax.shard_map(
-        run_part,
-        in_specs=(cuts, tokens, tokens),
-        out_specs=(tokens, P()),
-        axis_names=free,
-        check_vma=False,  # kernels do not say over which axes their results vary
-    )(matrices, x_BTD, routing)
+    def bring_back(y_sD, slot_mN):
+        y_mD = _bring_back(y_sD, slot_mN) if travel else y_sD
+        return y_mD.reshape(jax.sharding.NamedSharding(mesh, tokens).shard_shape(x_BTD.shape))
+
+    cut = functools.partial(jax.shard_map, axis_names=free, check_vma=False)  # kernels do not say what varies where
+    run = cut(run_part, in_specs=(cuts, tokens, tokens), out_specs=(P(parts), P(parts), P()))
+    y_SD, slot_MN, dropped = run(matrices, x_BTD, routing)
+    if travel:  # rows are ready to leave before the rest begins
+        x_BTD, y_SD = lax.optimization_barrier((x_BTD, y_SD))
+    return cut(bring_back, in_specs=(P(parts), P(parts)), out_specs=tokens)(y_SD, slot_MN) + beside(x_BTD), dropped
 
 
 def _is_names(x: object) -> bool:
@@ -89,21 +98,29 @@ def _gather(w: Float[Array, "e a b"], cut: P, names: tuple[str, ...], dtype: jnp
 
 
 # ------------------------------------------------------------------ tokens
-def _stay(experts: Experts, matrices: Matrices, x_mD, expert_mk, weight_mk):
-    return mix(matrices, x_mD, expert_mk, weight_mk, experts.implementation), jnp.zeros(())
+def _mix_at_home(experts: Experts, matrices: Matrices, x_mD, expert_mk, weight_mk):
+    return mix(matrices, x_mD, expert_mk, weight_mk, experts.implementation), None, jnp.zeros(())
 
 
-def _exchange(experts: Experts, matrices: Matrices, x_mD, expert_mk, weight_mk):
+def _mix_away(experts: Experts, matrices: Matrices, x_mD, expert_mk, weight_mk):
+    """What this device's experts make of all tokens that come here, and the slots of those that went from here.
+
+    Where every token has room on every device there are no slots: all tokens go everywhere.
+    """
     devices, own = lax.axis_size(HOME), matrices.gate.shape[0]
     plan = plan_exchange(expert_mk, experts.num_experts, devices, experts.capacity)
-    everywhere = plan.tokens == len(x_mD)  # every token has room on every device
+    everywhere = plan.tokens == len(x_mD)
     x_sD, expert_sk, weight_sk = (_send_to_all if everywhere else _send)(plan, x_mD, weight_mk, experts.num_experts)
     expert_sk -= lax.axis_index(HOME) * own
     mine_sk = (expert_sk >= 0) & (expert_sk < own)
     expert_sk, weight_sk = jnp.where(mine_sk, expert_sk, own), jnp.where(mine_sk, weight_sk, 0)
     y_sD = _mix_arrived(experts, matrices, x_sD, expert_sk, weight_sk, rows=devices * plan.rows)
     dropped = jnp.sum((plan.kept != expert_mk), dtype=jnp.float32)
-    return from_all(y_sD) if everywhere else sum_slots(_swap(y_sD), plan.slot), dropped
+    return y_sD, None if everywhere else plan.slot, dropped
+
+
+def _bring_back(y_sD, slot_mN):
+    return from_all(y_sD) if slot_mN is None else sum_slots(_swap(y_sD), slot_mN)
 
 
 def _send(plan: Plan, x_mD, weight_mk, none: int):
