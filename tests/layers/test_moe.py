@@ -165,13 +165,11 @@ def test_another_dispatch_may_run_the_experts():
     """Half of the experts see the choices of their half alone, and sums are added; what it dropped is reported."""
     x = draw(1)
 
-    def in_halves(experts, x_BTD, routing):
+    def in_halves(experts, x_BTD, routing, beside):
         halves = [routing.expert < E // 2, (routing.expert >= E // 2) & (routing.expert < E)]
-        parts = [
-            run_here(experts, x_BTD, Routing(jnp.where(half, routing.expert, E), routing.weight * half))[0]
-            for half in halves
-        ]
-        return sum(parts), jnp.float32(3)
+        routings = [Routing(jnp.where(half, routing.expert, E), routing.weight * half) for half in halves]
+        parts = [run_here(experts, x_BTD, routing, jnp.zeros_like)[0] for routing in routings]
+        return sum(parts) + beside(x_BTD), jnp.float32(3)
 
     moe = nnx.merge(GRAPHDEF, PARAMS, BUFFERS)
     want, stats = jax.jit(lambda x: moe(x))(x)
