@@ -13,6 +13,7 @@ INK, GRID = "#1f2430", "#e3e6ec"
 COLORS = ("#3b6fb6", "#d1495b", "#2e8b57", "#e09f3e", "#7b5ea7", "#3aa6a6", "#8c564b", "#b5487f", "#6b7280", "#9aa63a")
 MARKERS = "osD^vP"
 LOSS, RATE_KEY = "validation_loss_nats", "optim.peak_lr"
+FAR = 8.0  # times the distance from the best to the median: what lies beyond is cut off
 MANY = 24  # lines in one figure beyond which nothing can be told apart
 METRIC_NAMES = {
     "loss_nats": "training loss (nats per token)",
@@ -45,11 +46,15 @@ def _draw_curves(groups: Sequence[Group], metric: str, path: Path) -> Path | Non
         return None
 
     def draw(axes: Any) -> None:
+        tops: list[float] = []
         for i, group in enumerate(shown):
             steps, low, mean, high = _across_seeds(group, metric)
             style = {"color": COLORS[i % len(COLORS)], "linestyle": "-" if i < len(COLORS) else "--"}
             axes.plot(steps, mean, label=group.label, linewidth=1.5, **style)
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            tops.append(high[len(high) // 20 :].max())
+        if not metric.endswith("accuracy"):
+            axes.set_ylim(top=1.03 * max(tops))  # the first steps fall from the logarithm of the vocabulary
         axes.set_xlabel("optimizer step", color=INK)
 
     return _save(draw, path, METRIC_NAMES[metric])
@@ -71,20 +76,32 @@ def _draw_bars(groups: Sequence[Group], metric: str, path: Path) -> Path | None:
         return None
 
     def draw(axes: Any) -> None:
-        at = np.arange(len(shown))[::-1]
-        axes.barh(at, [np.mean(values) for _, values in shown], color=COLORS[0], alpha=0.55, height=0.62)
-        for y, (_, values) in zip(at, shown, strict=True):
-            axes.plot(values, np.full(len(values), y), "o", color=INK, markersize=4)
-            axes.text(max(values), y, f"  {np.mean(values):.3f}", va="center", color=INK, fontsize=9)
-        axes.set_yticks(at, [label for label, _ in shown])
-        every = [value for _, values in shown for value in values]
+        near = _near([np.mean(values) for _, values in shown])
+        every = [value for (_, values), inside in zip(shown, near, strict=True) for value in values if inside]
         margin = 0.15 * max(max(every) - min(every), 1e-3)
-        start = max(min(every) - 3 * margin, 0)
-        axes.set_xlim(start, max(every) + 2 * margin)
+        start, end = max(min(every) - 3 * margin, 0), max(every) + 2 * margin
+        at = np.arange(len(shown))[::-1]
+        for y, (_, values), inside in zip(at, shown, near, strict=True):
+            axes.barh(y, np.mean(values), color=COLORS[0], alpha=0.55 if inside else 0.2, height=0.62)
+            axes.plot(values, np.full(len(values), y), "o", color=INK, markersize=4)
+            mean, here = f"  {np.mean(values):.3f}", {"va": "center", "color": INK, "fontsize": 9}
+            beyond = np.mean(values) > end
+            axes.text(end if beyond else max(*values, start), y, f"{mean} \u2192" if beyond else mean, **here)
+        axes.set_yticks(at, [label for label, _ in shown])
+        axes.set_xlim(start, end)
         axes.set_xlabel(f"{_metric_name(metric)}; the axis starts at {start:.3g}", color=INK)
         axes.grid(visible=False, axis="y")
 
     return _save(draw, path, "", height=1.5 + 0.34 * len(shown), legend=False)
+
+
+def _near(means: Sequence[float]) -> list[bool]:
+    """Which values lie so near the best that an axis may hold them all; the first is the best.
+
+    One that has not learnt would otherwise press all others together.
+    """
+    reach = FAR * abs(np.median(means) - means[0])
+    return [reach == 0 or abs(mean - means[0]) <= reach for mean in means]
 
 
 def _metric_name(metric: str) -> str:
@@ -101,18 +118,30 @@ def _draw_by_position(groups: Sequence[Group], evaluation: str, path: Path) -> P
         return None
 
     def draw(axes: Any) -> None:
-        for i, group in enumerate(shown):
-            rows = [run.by_position(evaluation) for run in group.runs if run.by_position(evaluation)]
-            positions = sorted(set.intersection(*map(set, rows)))
-            middles = [1.5 * position or 32 for position in positions]
+        lines = {group.label: _mean_by_position(group, evaluation) for group in shown}
+        last = {label: list(line.values())[-1] for label, line in lines.items()}
+        best_first = sorted(last, key=lambda label: last[label])
+        near = dict(zip(best_first, _near([last[label] for label in best_first]), strict=True))
+        for i, (label, line) in enumerate(lines.items()):
+            middles = [1.5 * position or 32 for position in line]
             style = {"color": COLORS[i % len(COLORS)], "linestyle": "-" if i < len(COLORS) else "--"}
-            means = [np.mean([row[position] for row in rows]) for position in positions]
-            axes.plot(middles, means, label=group.label, linewidth=1.3, marker=MARKERS[i % len(MARKERS)], **style)
+            style |= {"linewidth": 1.3, "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            axes.plot(middles, list(line.values()), label=label if near[label] else f"{label} (cut off)", **style)
+        values = [value for label, line in lines.items() if near[label] for value in line.values()]
+        margin = 0.08 * (max(values) - min(values))
+        axes.set_ylim(min(values) - margin, max(values) + margin)
         axes.set_xscale("log", base=2)
         axes.get_xaxis().set_major_formatter(lambda x, _: f"{x:.0f}")
         axes.set_xlabel("position in the document (tokens)", color=INK)
 
     return _save(draw, path, f"{evaluation}: loss (nats per token)")
+
+
+def _mean_by_position(group: Group, evaluation: str) -> Mapping[int, float]:
+    rows = [run.by_position(evaluation) for run in group.runs if run.by_position(evaluation)]
+    return {
+        position: np.mean([row[position] for row in rows]) for position in sorted(set.intersection(*map(set, rows)))
+    }
 
 
 def _draw_by_length(results: Sequence[Result], path: Path) -> Path | None:
@@ -212,10 +241,10 @@ def _best_by(runs: Sequence[Result], key: Callable[[Result], int]) -> Mapping[in
 
 
 def scaling_points(results: Sequence[Result]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each family of at least three model sizes: compute in PFLOP/s-days and validation loss of its finished runs,
-    of several learning rates those of the best.
+    """For each family of model sizes: compute in PFLOP/s-days and validation loss of its finished runs, of several
+    learning rates those of the best.
 
-    A family has one pattern of mixers and one kind of data.
+    A family has one pattern of mixers, one kind of data and at least three sizes, the largest twice the smallest.
     """
     finished = [run for run in results if run.is_finished and run.last(LOSS) is not None]
     families: dict[str, list[tuple[float, float]]] = {}
@@ -225,7 +254,8 @@ def scaling_points(results: Sequence[Result]) -> dict[str, tuple[np.ndarray, np.
         family = _family(group.runs[0])
         families.setdefault(family, []).extend((group.runs[0].flops / PF_DAY, loss) for loss in best)
         sizes.setdefault(family, set()).add(group.runs[0].active_parameters)
-    return {name: tuple(np.array(sorted(found)).T) for name, found in families.items() if len(sizes[name]) > 2}
+    real = {name for name, found in sizes.items() if len(found) > 2 and max(found) >= 2 * min(found)}
+    return {name: tuple(np.array(sorted(found)).T) for name, found in families.items() if name in real}
 
 
 def _by_rate(group: Group) -> Mapping[float, Sequence[float]]:

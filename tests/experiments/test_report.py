@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from kimi_jax.config.load import dump
 from kimi_jax.errors import UserError
-from kimi_jax.experiments.figures import fit_families, scaling_points
+from kimi_jax.experiments.figures import _near, fit_families, scaling_points
 from kimi_jax.experiments.report import write_report
 from kimi_jax.experiments.results import SWEPT_OVER, _label, group_runs, read_results
 from kimi_jax.experiments.scaling import compute_ratio, fit_power_law
@@ -94,6 +94,12 @@ def test_further_evaluations_and_positions_are_shown(tmp_path):
     assert figures >= {"long_loss_nats_bars.png", "recall_accuracy_bars.png", "long_by_position.png"}
     assert all(is_picture(path) for path in written if path.suffix == ".png")
     assert read_results(runs_dir)[-1].by_position("long") == {0: 4.0, 64: 3.9, 128: 3.8}
+
+
+def test_what_lies_far_from_the_best_is_cut_off():
+    assert _near([0.5, 0.51, 0.52, 3.0]) == [True, True, True, False]
+    assert _near([0.9, 0.8, 0.7, 0.01]) == [True, True, True, True]  # accuracies fall; nothing is far
+    assert _near([1.0, 1.0]) == [True, True]
 
 
 def test_only_seeds_are_put_together(tmp_path):
@@ -183,6 +189,10 @@ def test_sizes_of_one_pattern_make_a_scaling_law(tmp_path):
     assert set(laws) == {"1kda-1mla", "1mla"} and all(law.b > 0 for law in laws.values())
     written = write_report(runs_dir, tmp_path / "report")
     assert {"scaling.png", "scaling.csv"} <= {path.name for path in written}
+    ranks = [{"kind": "channel", "rank": rank} for rank in (2, 3, 4)]
+    arms = {str(i): {"model.mixers.kda.decay": decay} for i, decay in enumerate(ranks)}
+    (tmp_path / "arms").mkdir()
+    assert not fit_families(read_results(make_runs(tmp_path / "arms", value, runs=arms))), "no sizes, but arms"
     table = {row["family"]: row for row in read_csv(tmp_path / "report" / "scaling.csv")}
     assert table["1mla"]["1mla needs"] == "1" and table["1mla"]["1kda-1mla needs"].endswith(")")
 
