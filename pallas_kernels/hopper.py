@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 
 CAPABILITY = "9.0"
+MULTIPROCESSORS = 132  # of an H100 or H200 SXM; another number is correct, with work shared out less evenly
 _described: list[str] = []  # compute capabilities that `compiling_for` names, the last one counts
 
 

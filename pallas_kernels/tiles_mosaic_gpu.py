@@ -8,11 +8,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import MULTIPROCESSORS
+
 HEIGHT = 64  # rows of one wgmma
 ROWS, WARPGROUPS = 128, 2  # of a tile: each of the warpgroups that multiply has half of the rows
 SWIZZLE = 128  # bytes
 MEMORY_REGISTERS, MULTIPLY_REGISTERS = 40, 232  # per thread; together they fill the register file
-MULTIPROCESSORS = 132  # of an H100 or H200 SXM; another number only spreads the tiles less evenly
 f32 = jnp.float32
 
 

@@ -10,9 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.batching import by_rows
+from pallas_kernels.hopper import MULTIPROCESSORS
 
 TOKENS, STAGES = 8, 4  # rows per step; steps whose rows are in shared memory
-BLOCKS = 264  # two per multiprocessor
+BLOCKS = 2 * MULTIPROCESSORS
 LINE = 64  # columns; a row in shared memory is whole lines of 128 bytes, from which copies start
 WIDEST = 1536  # columns of which two blocks fit into the shared memory of a multiprocessor
 

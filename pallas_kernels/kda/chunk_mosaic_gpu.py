@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper import MULTIPROCESSORS
 from pallas_kernels.kda.prepare_mosaic_gpu import (
     PADDING,
     ROWS,
@@ -23,12 +24,11 @@ from pallas_kernels.kda.prepare_mosaic_gpu import (
 STRIP = 64  # value rows of the state per warpgroup, the height of a wgmma
 STAGES = 2  # chunks in flight from device memory
 MEMORY_REGISTERS = 40  # of the warpgroup that only starts copies
-FEW_HEADS = 66  # up to here two blocks per head still find a multiprocessor each
 
 
 def blocks_per_head(V: int, heads: int) -> int:
     """How many blocks share the values of a head: more than one when heads are too few to fill the device."""
-    return 2 if V == 2 * STRIP and heads <= FEW_HEADS else 1
+    return 2 if V == 2 * STRIP and 2 * heads <= MULTIPROCESSORS else 1
 
 
 def run_segments(

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.hopper import MULTIPROCESSORS
 from pallas_kernels.kda.chain_mosaic_gpu_vjp import reverse_chain
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, log_decay_of_rows
 from pallas_kernels.kda.mirror_vjp import LN2, Gradients, cotangent_scale
@@ -52,7 +53,6 @@ W = plgpu.Layout.WGMMA
 ROW, COL = W.reduce(1), W.reduce(0)  # layouts of one value per row, per column
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 SLAB = 64  # columns that one warpgroup owns
-NUM_CTAS = 132  # multiprocessors of an H100; the kernel is persistent
 
 
 def _union(*shape, dtypes):
@@ -144,7 +144,7 @@ class _Chunks:
         self.own, self.first = lax.axis_index("wg"), lax.axis_index("cta")
         self.jobs = [self.own] if self.num_wgs == 2 else [0, 1]  # the gradients of Aqk and L: one per warpgroup
         self.total = self.B * self.NT * self.HV
-        self.num_ctas = min(NUM_CTAS, self.total)
+        self.num_ctas = min(MULTIPROCESSORS, self.total)
         self.slab = pl.ds(self.own * SLAB, SLAB)
 
     def here(self):
@@ -471,7 +471,7 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
             out((B, T, HV, K), draw_dtype), out((heads, NT, C), f32), out((heads, NT, num_wgs, C), f32),
             out((heads, NT, num_wgs, 4 * SLAB), f32),
         ),
-        grid=(min(NUM_CTAS, B * NT * HV),),
+        grid=(min(MULTIPROCESSORS, B * NT * HV),),
         grid_names=("cta",),
         num_threads=num_wgs,
         thread_name="wg",

@@ -13,6 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper import MULTIPROCESSORS
 from pallas_kernels.kda import blocks_mosaic_gpu as blocks
 from pallas_kernels.kda.gates import Gate, SoftplusGate
 from pallas_kernels.kda.reference import L2_EPS
@@ -22,7 +23,6 @@ HALF = 64  # channels per shared-memory tile of 128-byte rows
 LEVELS = 6  # block sizes 1, 2, 4, ..., 32
 OWN, FINE = 16, 4  # tokens of one warp; levels inside them, which need no other warp
 TEAMS = 2  # warpgroups per block, each on a chunk of its own: 255 registers a thread, 113 KB of shared memory each
-BLOCKS = 132  # multiprocessors of an H100 or H200; another number is correct, not as fast
 LOG2E = math.log2(math.e)
 FORGET = -3e4  # log2 of the decay that clears a state: 2**FORGET is exactly 0, and float16 holds it
 BEFORE, AFTER, ACROSS = 0, 4, 8  # first rows, of four each, in the table of decays over whole blocks of OWN tokens
@@ -405,7 +405,7 @@ def prepare(
     B, T, H, K = q.shape
     HV = g.shape[2]
     N, packed = T // C, code is not None
-    total, stride = B * N * HV, BLOCKS * TEAMS
+    total, stride = B * N * HV, MULTIPROCESSORS * TEAMS
     options = _Options(gate, scale, normalize_qk, halves=K // HALF, group=HV // H)
     bias, rate = _gate_parameters(gate, B * HV, K)
     if gate is None:  # 16 bits like a raw logit, and what the kernel would round it to
@@ -454,7 +454,7 @@ def prepare(
         out_type=Prepared(
             *[struct((BH, N, C, K), f16)] * 3, *[struct((BH, N, C, C), f16)] * 2, struct((BH, N, 128), f32)
         ),
-        grid=(BLOCKS,),
+        grid=(MULTIPROCESSORS,),
         grid_names=("block",),
         num_threads=TEAMS,
         thread_name="team",

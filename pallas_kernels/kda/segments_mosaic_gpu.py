@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper import MULTIPROCESSORS
 from pallas_kernels.kda.chunk_mosaic_gpu import (
     MEMORY_REGISTERS,
     STAGES,
@@ -26,7 +27,6 @@ from pallas_kernels.kda.chunk_mosaic_gpu import (
     values_block,
 )
 from pallas_kernels.kda.prepare_mosaic_gpu import (
-    BLOCKS,
     ROWS,
     C,
     Prepared,
@@ -86,7 +86,7 @@ def count_segments(chunks: int, blocks: int, *, mapped: bool = False) -> int:
 
     All chunks of a segment run twice, so fewer than three segments never pay; with `mapped` they do so in any case.
     """
-    fitting = [n for n in range(1, BLOCKS // blocks + 1) if chunks % n == 0]
+    fitting = [n for n in range(1, MULTIPROCESSORS // blocks + 1) if chunks % n == 0]
     count = max(fitting, default=1)
     return count if mapped or (count > 2 and chunks - 2 * (chunks // count) >= WORTH) else 1
 

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.batching import by_rows
-from pallas_kernels.hopper import refuse_device
+from pallas_kernels.hopper import MULTIPROCESSORS, refuse_device
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
 from pallas_kernels.kda.reference import L2_EPS
 
@@ -22,7 +22,6 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 STATE_DTYPES = (jnp.float32, jnp.bfloat16)
 LINE, STRIPE = 32, 16  # key channels per memory line, value rows that one warpgroup covers at a time
 WIDEST = 128  # key channels: what fits in registers
-MULTIPROCESSORS = 132  # of an H100 or H200; another number is correct, not as fast
 
 # Values x keys. Eight lanes share a row and read a line of 128 bytes of it together, a warp has four rows: a sum over
 # keys is one over registers and three shuffles.

@@ -53,14 +53,14 @@ def test_the_kernel_in_the_interpreter(columns, monkeypatch):
     row, _ = place_rows(draw_groups(), E)
     x = draw(T, columns, dtype="bfloat16")
     with plgpu.force_gpu_interpret_mode():
-        got = rows_mosaic_gpu.spread_rows(x, row)
+        got = rows_mosaic_gpu.spread_rows(x, row, row.size)
     np.testing.assert_array_equal(got, spread_rows(x, row, "xla"))
 
 
 @pytest.mark.parametrize("columns", [1216, 2304])
 def test_the_kernel_lowers_for_cuda(columns):
     x, row = jax.ShapeDtypeStruct((64, columns), jnp.bfloat16), jax.ShapeDtypeStruct((64, 8), jnp.int32)
-    jax.jit(rows_mosaic_gpu.spread_rows).trace(x, row).lower(lowering_platforms=("cuda",))
+    jax.jit(rows_mosaic_gpu.spread_rows, static_argnums=2).trace(x, row, 512).lower(lowering_platforms=("cuda",))
 
 
 def test_the_kernel_says_what_it_does_not_serve():
@@ -76,3 +76,12 @@ def test_the_kernel_on_the_card(columns):
     x = draw(4096, columns, dtype="bfloat16")
     run = jax.jit(spread_rows, static_argnums=2)
     np.testing.assert_array_equal(run(x, row, "mosaic_gpu"), run(x, row, "xla"))
+
+
+@pytest.mark.gpu
+def test_rows_beyond_the_result_are_dropped_on_the_card():
+    row, _ = place_rows(draw_groups(4096), E)
+    x = draw(4096, 1024, dtype="bfloat16")
+    run = jax.jit(spread_rows, static_argnums=(2, 3))
+    got, want = (run(x, row, name, row.size // 2) for name in ("mosaic_gpu", "xla"))
+    np.testing.assert_array_equal(got, want)

@@ -248,7 +248,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(plgpu, "wgmma", staged)
     monkeypatch.setattr(plgpu, "kernel", on_cpu)
     monkeypatch.setattr(jax.lax, "axis_index", lambda name: jnp.int32(0) if name == "team" else axis_index(name))
-    replaced = dict(TEAMS=1, BLOCKS=1, hidden_zero=lambda: jnp.int32(0), meet=lambda: None, blocks=PlainBlocks)
+    replaced = dict(TEAMS=1, MULTIPROCESSORS=1, hidden_zero=lambda: jnp.int32(0), meet=lambda: None, blocks=PlainBlocks)
     for name, value in replaced.items():
         monkeypatch.setattr(prepare_mosaic_gpu, name, value)
     monkeypatch.setattr(prepare_mosaic_gpu, "add_product", sum_with_product)

@@ -87,7 +87,7 @@ def interpreted(monkeypatch):
     kernel = functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams(detect_races=True))
     monkeypatch.setattr(plgpu, "kernel", kernel)
     stand_ins = dict(
-        products=products, hidden_zero=lambda: jnp.int32(0), meet=plgpu.commit_smem, NUM_CTAS=2,
+        products=products, hidden_zero=lambda: jnp.int32(0), meet=plgpu.commit_smem, MULTIPROCESSORS=2,
         fine_tables=lambda *refs: [ref[...] for ref in refs], fine_levels=fine_levels,
         column_sums=column_sums, add_column_sums=lambda x, out: column_sums(x, out, out[...]),
         triangle=_triangle, level_triangle=_level_triangle, level_pairs=_level_pairs, by_block=_by_block,
