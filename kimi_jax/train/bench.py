@@ -20,6 +20,7 @@ from kimi_jax.errors import exit_on_user_error
 from kimi_jax.parallel.mesh import build_mesh, check_run
 from kimi_jax.parallel.rules import batch_sharding
 from kimi_jax.train.profile import kernel_table, part_table, profile_steps
+from kimi_jax.train.programs import compile_step
 from kimi_jax.train.state import Recipe, State
 from kimi_jax.train.step import Batch, build_train_step
 from kimi_jax.train.xla_flags import apply
@@ -87,7 +88,7 @@ def _measure(request: Request, recipe: Recipe, mesh: Mesh) -> Measurement:
     batches = [jax.device_put(random_batch(seed, *sizes), batch_sharding(mesh)) for seed in range(BATCHES)]
     start = time.perf_counter()
     init, step = lower_step(recipe, mesh, batches[0])
-    compiled = step.compile()
+    compiled = compile_step(step, mesh.size)
     compile_s = time.perf_counter() - start
     stepper = _Stepper(compiled, init.compile()(jax.random.key(cfg.train.seed)), batches)
     _, warm_losses = stepper.take(request.warmup)

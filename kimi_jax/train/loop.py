@@ -31,6 +31,7 @@ from kimi_jax.train.initial import load_initial
 from kimi_jax.train.metrics import Sink, open_sinks, read_metrics
 from kimi_jax.train.optimizer import assignment_table
 from kimi_jax.train.plot import plot_loss
+from kimi_jax.train.programs import compile_step
 from kimi_jax.train.run_dir import Resume, RunDir, claim, record_start
 from kimi_jax.train.signals import StopRequest, catch_stop_signals, exit_code
 from kimi_jax.train.state import Recipe, State
@@ -128,7 +129,7 @@ class _Loop:
     ):
         self.recipe, self.cfg, self.data, self.store = recipe, recipe.cfg.train, data, store
         self.abstract_state, self.batch_sharding = recipe.abstract_state(mesh), batch_sharding(mesh)
-        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        self.shardings, self.num_devices = jax.tree.map(lambda x: x.sharding, self.abstract_state), mesh.size
         self.paths, self.display, self.watchdog = paths, display, watchdog
         self.sinks: Sequence[Sink] = ()
         self.iterator = data.train_iterator()
@@ -174,7 +175,7 @@ class _Loop:
             lowered = step.lower(self.abstract_state, batch)
         except NotImplementedError as error:  # an operator's implementation that the config names cannot run here
             raise UserError(f"config: {error}") from error
-        self.train_step = lowered.compile()
+        self.train_step = compile_step(lowered, self.num_devices)
         self.evaluator = Evaluator(self.recipe, self.measurements, self._place)
         seconds = time.perf_counter() - start
         memory = self.train_step.memory_analysis()
