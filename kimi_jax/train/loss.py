@@ -14,7 +14,7 @@ from kimi_jax.parallel.rules import axes_of
 from kimi_jax.parallel.weights import gather_rounded
 from pallas_kernels.logits.api import Logits, is_target, logits
 
-CHUNK_TOKENS = 4096  # per chunk: of fewer, the products and the sum of the weight's gradient become slow,
+CHUNK_TOKENS = 8192  # per chunk: of fewer, the products and the sum of the weight's gradient become slow,
 CHUNK_BYTES = 2**32  # unless their logits (4 bytes) and the gradient of these (2) take more than this
 LOGIT_BYTES = 6
 
@@ -179,6 +179,7 @@ def _to_chunks(arrays: tuple[Array, ...], vocab: int, chunk: int | None) -> tupl
     B, T = arrays[0].shape[:2]
     C = min(T, max(1, (chunk or choose_chunk(vocab)) // B))
     N = -(-T // C)
+    C = -(-T // N)  # even chunks: what fills up the last one is computed, too
 
     def cut(x):
         padded = jnp.pad(x, ((0, 0), (0, N * C - T), *((0, 0) for _ in x.shape[2:])))
