@@ -26,8 +26,8 @@ from pallas_kernels.ssd.api import chunk_ssd
 
 multi_device = pytest.mark.multi_device
 # Largest error over the largest magnitude on one device, of values and every gradient.
-OPERATOR_TOLERANCE = 3e-6  # measured 7.6e-7
-KERNEL_TOLERANCE = 1e-2  # operands are float16, and states come another way; measured 5.0e-3
+OPERATOR_TOLERANCE = 3e-6  # measured 9.4e-7
+KERNEL_TOLERANCE = 1e-2  # operands are float16, and states come another way; measured 6.2e-3
 MODEL_TOLERANCE = 1e-5  # measured 3.5e-6
 LOSS_TOLERANCE = 1e-6  # measured 8.5e-8
 
