@@ -88,7 +88,7 @@ def _refine(x: Float[Array, "N R C"], steps: int, implementation: str) -> Float[
         factor = quadratic(r, a=a, b=b, c=c, implementation=implementation)
         product = factor if product is None else times(product, factor)
         if step + 1 < steps:
-            r = times(r, times(factor, factor))  # the square reads one matrix from memory, not two
+            r = times(r, quadratic(factor, a=0.0, b=0.0, c=1.0, implementation=implementation))
     return apply(product, x, implementation=implementation)
 
 
@@ -125,10 +125,15 @@ def scale_by_muon(
 
     def update(grads, state, params=None):
         velocity = jax.tree.map(lambda m, g: momentum * m + g, state["momentum"], grads)
-        ahead = jax.tree.map(lambda g, v: g + momentum * v, grads, velocity)
+        ahead = jax.tree.map(lambda g, v: _settle(g + momentum * v), grads, velocity)
         return _map_on_mesh(direction, ahead, matrices, logical_axes), {"momentum": velocity}
 
     return optax.GradientTransformation(init, update)
+
+
+def _settle(x: Array) -> Array:
+    """Has x computed while the momentum it comes from is there: for what is put together later, XLA would copy that."""
+    return lax.optimization_barrier(x) if x.size <= SMALL_STACK else x
 
 
 def _map_on_mesh(change: Change, tree: PyTree, matrices: PyTree, logical_axes: PyTree | None) -> PyTree:

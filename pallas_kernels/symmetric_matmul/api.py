@@ -1,4 +1,7 @@
-"""Public entries of the products of Newton-Schulz steps: matrices R x C, and symmetric ones of S = min(R, C)."""
+"""Public entries of the products of Newton-Schulz steps: matrices R x C, and symmetric ones of S = min(R, C).
+
+Of a symmetric matrix only the blocks of 128 x 128 up to the diagonal count: kernels neither read nor write the others.
+"""
 
 from jaxtyping import Array, Float
 
@@ -22,7 +25,7 @@ def gram(x: Float[Array, "N R C"], *, implementation: str = "auto") -> Float[Arr
       implementation: "auto", "mosaic_gpu" or "xla".
 
     Returns:
-      Symmetric bit for bit, in the dtype of x, accumulated in float32.
+      In the dtype of x, accumulated in float32.
 
     Raises:
       NotImplementedError: the implementation refuses these arguments.
@@ -35,7 +38,6 @@ def multiply(
 ) -> Float[Array, "N S S"]:
     """Computes x y of symmetric matrices that commute, as polynomials of one matrix do, so that x y is symmetric too.
 
-    The kernel computes blocks up to the diagonal and mirrors them: the result is as symmetric as its arguments commute.
     Arguments and errors as for `gram`.
     """
     return call("multiply", IMPLEMENTATIONS["multiply"], implementation, x, y)
@@ -44,7 +46,10 @@ def multiply(
 def quadratic(
     x: Float[Array, "N S S"], *, a: float, b: float, c: float, implementation: str = "auto"
 ) -> Float[Array, "N S S"]:
-    """Computes a I + b x + c x x of symmetric matrices, rounded once. Arguments and errors as for `gram`."""
+    """Computes a I + b x + c x x of symmetric matrices, rounded once; x x for (0, 0, 1) costs no more than a product.
+
+    Arguments and errors as for `gram`.
+    """
     return call("quadratic", IMPLEMENTATIONS["quadratic"], implementation, x, a=a, b=b, c=c)
 
 
