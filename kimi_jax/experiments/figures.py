@@ -84,9 +84,9 @@ def _draw_bars(groups: Sequence[Group], metric: str, path: Path) -> Path | None:
         for y, (_, values), inside in zip(at, shown, near, strict=True):
             axes.barh(y, np.mean(values), color=COLORS[0], alpha=0.55 if inside else 0.2, height=0.62)
             axes.plot(values, np.full(len(values), y), "o", color=INK, markersize=4)
-            mean, here = f"  {np.mean(values):.3f}", {"va": "center", "color": INK, "fontsize": 9}
-            beyond = np.mean(values) > end
-            axes.text(end if beyond else max(*values, start), y, f"{mean} \u2192" if beyond else mean, **here)
+            mean = np.mean(values)
+            text = f"{mean:.3f} \u2192" if mean > end else f"\u2190 {mean:.3f}" if mean < start else f"{mean:.3f}"
+            axes.text(np.clip(max(values), start, end), y, f"  {text}", va="center", color=INK, fontsize=9)
         axes.set_yticks(at, [label for label, _ in shown])
         axes.set_xlim(start, end)
         axes.set_xlabel(f"{_metric_name(metric)}; the axis starts at {start:.3g}", color=INK)
@@ -122,14 +122,17 @@ def _draw_by_position(groups: Sequence[Group], evaluation: str, path: Path) -> P
         last = {label: list(line.values())[-1] for label, line in lines.items()}
         best_first = sorted(last, key=lambda label: last[label])
         near = dict(zip(best_first, _near([last[label] for label in best_first]), strict=True))
+        values = [value for label, line in lines.items() if near[label] for value in line.values()]
+        margin = 0.08 * (max(values) - min(values))
+        bottom, top = min(values) - margin, max(values) + margin
         for i, (label, line) in enumerate(lines.items()):
             middles = [1.5 * position or 32 for position in line]
             style = {"color": COLORS[i % len(COLORS)], "linestyle": "-" if i < len(COLORS) else "--"}
             style |= {"linewidth": 1.3, "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-            axes.plot(middles, list(line.values()), label=label if near[label] else f"{label} (cut off)", **style)
-        values = [value for label, line in lines.items() if near[label] for value in line.values()]
-        margin = 0.08 * (max(values) - min(values))
-        axes.set_ylim(min(values) - margin, max(values) + margin)
+            axes.plot(
+                middles, list(line.values()), label=label if min(line.values()) < top else f"{label} (above)", **style
+            )
+        axes.set_ylim(bottom, top)
         axes.set_xscale("log", base=2)
         axes.get_xaxis().set_major_formatter(lambda x, _: f"{x:.0f}")
         axes.set_xlabel("position in the document (tokens)", color=INK)
@@ -291,6 +294,8 @@ def _draw_scaling(results: Sequence[Result], path: Path) -> Path | None:
             axes.plot(span, law(span), color=color, linewidth=1.2, label=f"{name}: {law.a:.4g} C^-{law.b:.4g}")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}")
         axes.set_xlabel("compute (PFLOP/s-days)", color=INK)
 
     return _save(draw, path, METRIC_NAMES[LOSS])
