@@ -42,7 +42,7 @@ test-slurm: $(STAMP)
 	$(PY) -m pytest -m slow tests/slurm
 
 test-multi-device: $(STAMP)
-	JAX_NUM_CPU_DEVICES=8 $(PY) -m pytest -m multi_device
+	JAX_NUM_CPU_DEVICES=8 $(PY) -m pytest -n auto --maxprocesses 10 --dist worksteal -m multi_device
 
 # nearly all of it is compilation, a core per worker; each takes only the memory it needs of the one GPU
 test-gpu: $(STAMP)

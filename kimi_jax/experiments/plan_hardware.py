@@ -25,7 +25,7 @@ class Gpu:
     kind: str
     memory_bytes: int
     copy_bytes_per_s: float
-    link_bytes_per_s: float = 360e9
+    link_bytes_per_s: float = 250e9
     network_bytes_per_s: float = 42e9
     per_host: int = 8
     capability: str = "9.0"
@@ -35,8 +35,8 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", memory_bytes=84942979072, copy_bytes_per_s=2.94e12),
     "h200": Gpu("NVIDIA H200", memory_bytes=150755147776, copy_bytes_per_s=4.3e12),
 }
-"""Copies are measured (docs/performance.md). The rates of links are what NCCL usually reaches of NVLink's 450 GB/s and
-of 400 Gbit/s per GPU; they are assumed, not measured."""
+"""Copies and links are measured, the latter between two GPUs (docs/performance.md, docs/scaling.md). The rate of the
+network is what NCCL usually reaches of 400 Gbit/s per GPU; it is assumed, not measured."""
 
 USABLE = 0.92  # share of a GPU's memory that a program may plan with: XLA_PYTHON_CLIENT_MEM_FRACTION
 
