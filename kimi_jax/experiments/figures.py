@@ -174,6 +174,7 @@ def _draw_by_step(results: Sequence[Result], path: Path) -> Path | None:
         return dict(max(runs, key=lambda run: run.best("validation_accuracy") or 0.0).series("validation_accuracy"))
 
     def finish(axes: Any) -> None:
+        axes.locator_params(axis="x", nbins=5)  # labels of five digits have to fit beside each other
         axes.set_xlabel("optimizer step", color=INK)
 
     return _draw_by_task(results, (RATE_KEY,), line, finish, path)
