@@ -216,17 +216,17 @@ class _Group:
             last = self.step == self.cfg.steps
             validation, rest = divmod(self.step, self.cfg.validation.every)
             due = last or not rest
-            sums = self.evaluator.start(*self._models, validation, last=last) if due else {}
             self.positions = self.feed.positions
             block = self._next_block()  # drawn while the device works ...
             self._plot()  # ... and so are the plots
             if due:
                 self._settle(keep=1)
-                self._settle(keep=0, sums=sums)
+                evaluate = functools.partial(self.evaluator.start, *self._models, validation, last=last)
+                self._settle(keep=0, evaluate=evaluate)
                 self.ended_early = until is not None and not last and any(_holds(until, m) for m in self.members)
             if last or self.step % self.cfg.checkpoints.every == 0:
                 self._checkpoint()
-            self._settle(keep=1)
+            self._settle(keep=1 if self.clock.is_running else 0)  # the first block starts the clock, alone
         if self.step > self.saved_step:
             self._checkpoint()
         self._plot()
@@ -250,15 +250,18 @@ class _Group:
             member.accuracies.append(metrics.get(f"{VALIDATION}_accuracy", 0.0))
         return found
 
-    def _settle(self, *, keep: int, sums: Mapping[str, Sequence[Sums]] | None = None) -> None:
-        """Fetches and writes the steps of finished blocks, oldest first; the validation `sums` belong to the last."""
+    def _settle(self, *, keep: int, evaluate: Callable[[], Mapping[str, Sequence[Sums]]] | None = None) -> None:
+        """Fetches and writes the steps of finished blocks, oldest first; `evaluate` starts the last one's validation.
+
+        It starts when the block has ended, so that its time, and that of compiling it, is not taken for the block's.
+        """
         while len(self.pending) > keep:
             end, steps, on_device = self.pending.popleft()
             metrics = jax.device_get(on_device)
             self.watchdog.feed(end)
             self.clock.add(int(metrics["tokens"].sum()))
-            rate = self.clock.lap() if sums else None
-            validation = self._validation(end, sums) if sums else None
+            rate = self.clock.lap() if evaluate else None
+            validation = self._validation(end, evaluate()) if evaluate else None
             for at, step in enumerate(range(end - steps + 1, end + 1)):
                 rows = {name: x[at] for name, x in metrics.items()}
                 self._write(step, rows, *((rate, validation) if step == end else (None, None)))
@@ -342,6 +345,10 @@ class _Clock:
 
     def __init__(self) -> None:
         self._tokens, self._since = 0, None
+
+    @property
+    def is_running(self) -> bool:
+        return self._since is not None
 
     def add(self, tokens: int) -> None:
         """Notes the tokens of a block that has ended."""

@@ -17,7 +17,9 @@ from kimi_jax.config.sweep import Until
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
 from kimi_jax.experiments.sweep import group_runs, load_sweep
+from kimi_jax.train import together
 from kimi_jax.train.checkpoint import CheckpointStore
+from kimi_jax.train.evaluation import Evaluator
 from kimi_jax.train.loop import train
 from kimi_jax.train.metrics import read_metrics
 from kimi_jax.train.run_dir import RunDir
@@ -158,6 +160,25 @@ def test_a_group_ends_when_all_have_diverged(tmp_path):
         train_together([make(1e30), make(2e30)], [tmp_path / "a", tmp_path / "b"])
     assert len(caught.value.problems) == 2
     assert "stopped after step" in (tmp_path / "a" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_validation_is_not_taken_for_training(tmp_path, monkeypatch):
+    """Nor is its compilation, which comes with the first one: the speed is that of the steps."""
+    start = Evaluator.start
+
+    def slow_start(self, *args, **keys):
+        time.sleep(2)
+        return start(self, *args, **keys)
+
+    monkeypatch.setattr(Evaluator, "start", slow_start)
+    monkeypatch.setattr(together, "BLOCK_STEPS", 2)
+    run = make(1e-2, validation={"every": 8, "batches": 1}, checkpoints={"every": 8}, steps=8)
+    train_together([run], [tmp_path / "run"])
+    last = read_metrics(RunDir(tmp_path / "run").metrics)[-1]
+    assert last["tokens_per_s"] > 6 * last["tokens"] / 1.5, (
+        "six of eight steps count, and take less than the validation"
+    )
 
 
 def test_other_differences_are_refused(tmp_path):
