@@ -59,7 +59,7 @@ def token_cross_entropy(
       targets_BT: int32 in [0, A); any value where the mask is false.
       mask_BT: which tokens count.
       chunk: tokens whose logits exist on a device at one time, rounded down to whole columns of its rows, at least one;
-        None: as many as `CHUNK_ELEMENTS` allows.
+        None: see `choose_chunk`.
 
     Returns:
       See `TokenLosses`.

@@ -41,11 +41,6 @@ def logits(
     return Logits(*call("logits", IMPLEMENTATIONS, implementation, x, weight, targets))
 
 
-def log_sum_exp(values: Float[Array, "... A"]) -> Float[Array, "..."]:
-    """log(sum(exp(x))) over the last axis, in one pass over float32 values on a GPU."""
-    return xla.log_sum_exp(values)
-
-
 def is_target(targets: Int[Array, "..."], values: Float[Array, "... A"]) -> Bool[Array, "... A"]:
     """Which values are those of the targets."""
     return xla.is_target(targets, values)

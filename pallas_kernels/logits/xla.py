@@ -24,7 +24,7 @@ def is_target(targets: Int[Array, "..."], values: Float[Array, "... A"]) -> Bool
 
 
 def log_sum_exp(values: Float[Array, "... A"]) -> Float[Array, "..."]:
-    """See `api.log_sum_exp`."""
+    """log(sum(exp(x))) over the last axis; on a GPU in one pass."""
     two_passes = functools.partial(jax.nn.logsumexp, axis=-1)  # XLA vectorises it on a CPU, the other one not
     return lax.platform_dependent(values, cpu=two_passes, default=log_sum_exp_in_one_pass)
 
