@@ -1,9 +1,9 @@
 """Experts on several devices: tokens travel to the devices of their experts and come back as sums.
 
-Each device keeps whole experts and its own tokens. A token goes once to every device that has one of its experts, with
-the numbers and weights of these, and one row comes back: the sum of what they made of it. On the device all rows that
-arrived are computed, none is dropped; buffers between devices have a fixed size, and what does not fit is dropped and
-counted.
+Each device keeps whole experts and its own tokens. A token goes once to every device that has one of its experts, or to
+all where there is room for all, with the numbers and weights of its experts, and one row comes back: the sum of what
+they made of it. On the device all rows that arrived are computed, none is dropped; buffers between devices have a fixed
+size, and what does not fit is dropped and counted.
 """
 
 import functools

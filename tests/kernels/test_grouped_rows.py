@@ -41,6 +41,16 @@ def test_rows_go_to_their_places_and_their_sum_comes_back():
     np.testing.assert_array_equal(pull_total(x)[0], spread)
 
 
+def test_rows_beyond_the_result_are_left_out_of_values_and_sums():
+    row, _ = place_rows(draw_groups(), E)
+    most = T * K // 2
+    spread, pull = jax.vjp(lambda x: spread_rows(x, row, "xla", most), draw(T, D))
+    np.testing.assert_array_equal(spread, spread_rows(draw(T, D), row, "xla")[:most])
+    y = draw(most, D)
+    padded = np.concatenate([y, np.zeros((T * K - most, D), np.float32)])
+    np.testing.assert_allclose(pull(y)[0], padded[np.asarray(row)].sum(1), rtol=1e-6, atol=1e-6)
+
+
 def test_sums_are_rounded_once():
     y = jnp.asarray([[256.0], [1.0], [1.0]], jnp.bfloat16)  # one after the other in bfloat16: 256
     assert sum_rows(y, jnp.arange(3)[None], "xla").item() == 258
