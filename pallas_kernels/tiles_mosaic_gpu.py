@@ -1,6 +1,5 @@
 """The loop that kernels of matrix products share: persistent blocks, one warpgroup that loads and two that multiply."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ HEIGHT = 64  # rows of one wgmma
 ROWS, WARPGROUPS = 128, 2  # of a tile: each of the warpgroups that multiply has half of the rows
 SWIZZLE = 128  # bytes
 MEMORY_REGISTERS, MULTIPLY_REGISTERS = 40, 232  # per thread; together they fill the register file
-PAIR = "pair"  # axis of the two blocks that may load for each other
 f32 = jnp.float32
 
 
@@ -45,15 +43,11 @@ def piece_width(dtype) -> int:
     return SWIZZLE // jnp.dtype(dtype).itemsize
 
 
-def barriers(stages: int, copies: int, *, paired: bool = False) -> list:
-    """Those by which the loading warpgroup says that a step has come, and the others that it may go.
-
-    With `paired` blocks (`launch`) a step may go when both have done with theirs: what one loads, it may load for both.
-    """
-    gone = functools.partial(plgpu.ClusterBarrier, collective_axes=(PAIR,)) if paired else plgpu.Barrier
+def barriers(stages: int, copies: int) -> list:
+    """Those by which the loading warpgroup says that a step has come, and the others that it may go."""
     return [
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        gone(num_arrivals=WARPGROUPS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
     ]
 
 
@@ -143,15 +137,13 @@ def run_tiles(work: Work, num_tiles, shapes: Sequence[tuple[int, int]], full, em
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def launch(kernel, out_type, scratch_types, *, paired: bool = False):
-    """The kernel as a function of arrays; paired, each "block" is two on neighbouring multiprocessors, along `PAIR`."""
-    pairs = {"cluster": (2,), "cluster_names": (PAIR,)} if paired else {}
+def launch(kernel, out_type, scratch_types):
+    """The kernel as a function of arrays."""
     return plgpu.kernel(
         kernel,
         out_type=out_type,
-        grid=(MULTIPROCESSORS // (2 if paired else 1),),
+        grid=(MULTIPROCESSORS,),
         grid_names=("block",),
-        **pairs,
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(

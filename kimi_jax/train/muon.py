@@ -88,7 +88,7 @@ def _refine(x: Float[Array, "N R C"], steps: int, implementation: str) -> Float[
         factor = quadratic(r, a=a, b=b, c=c, implementation=implementation)
         product = factor if product is None else times(product, factor)
         if step + 1 < steps:
-            r = times(r, quadratic(factor, a=0.0, b=0.0, c=1.0, implementation=implementation))
+            r = times(r, times(factor, factor))  # the square reads one matrix from memory, not two
     return apply(product, x, implementation=implementation)
 
 

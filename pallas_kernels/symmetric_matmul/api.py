@@ -1,6 +1,6 @@
 """Public entries of the products of Newton-Schulz steps: matrices R x C, and symmetric ones of S = min(R, C).
 
-Of a symmetric matrix only the blocks of 128 x 128 up to the diagonal count: kernels neither read nor write the others.
+Of a symmetric matrix only the blocks of 128 x 128 up to the diagonal count: the kernel neither reads nor writes others.
 """
 
 from jaxtyping import Array, Float
@@ -46,10 +46,7 @@ def multiply(
 def quadratic(
     x: Float[Array, "N S S"], *, a: float, b: float, c: float, implementation: str = "auto"
 ) -> Float[Array, "N S S"]:
-    """Computes a I + b x + c x x of symmetric matrices, rounded once; x x for (0, 0, 1) costs no more than a product.
-
-    Arguments and errors as for `gram`.
-    """
+    """Computes a I + b x + c x x of symmetric matrices, rounded once. Arguments and errors as for `gram`."""
     return call("quadratic", IMPLEMENTATIONS["quadratic"], implementation, x, a=a, b=b, c=c)
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from pallas_kernels.symmetric_matmul import api, mosaic_gpu
 
-TERMS = {"quadratic": {"a": 3.4445, "b": -4.775, "c": 2.0315}, "square": {"a": 0.0, "b": 0.0, "c": 1.0}}
-NAMES = ("gram", "multiply", "quadratic", "square", "apply")  # a square is a quadratic without the other terms
+TERMS = {"a": 3.4445, "b": -4.775, "c": 2.0315}
 # Largest difference over largest magnitude. Measured: bfloat16 3.6e-3, float16 4.1e-4 (H200), float32 1.2e-6 (CPU).
 TOLERANCE = {jnp.bfloat16: 5e-3, jnp.float16: 7e-4, jnp.float32: 5e-6}
 SHAPES = [(3, 192, 320), (3, 320, 192), (2, 128, 128)]
@@ -30,17 +29,16 @@ def _want(name, x, r, s):
     return {
         "gram": lambda: x @ x.swapaxes(1, 2) if wide else x.swapaxes(1, 2) @ x,
         "multiply": lambda: r @ s,
-        "quadratic": lambda: 3.4445 * np.eye(r.shape[1]) - 4.775 * r + 2.0315 * r @ r,
-        "square": lambda: r @ r,
+        "quadratic": lambda: TERMS["a"] * np.eye(r.shape[1]) + TERMS["b"] * r + TERMS["c"] * r @ r,
         "apply": lambda: r @ x if wide else x @ r,
     }[name]()
 
 
 def _compile(name, implementation):
     """The product as a function of x, r and s."""
-    product = api.quadratic if name in TERMS else getattr(api, name)
-    run = functools.partial(product, implementation=implementation, **TERMS.get(name, {}))
-    places = {"gram": (0,), "multiply": (1, 2), "apply": (1, 0)}.get(name, (1,))
+    settings = TERMS if name == "quadratic" else {}
+    run = functools.partial(getattr(api, name), implementation=implementation, **settings)
+    places = {"gram": (0,), "multiply": (1, 2), "quadratic": (1,), "apply": (1, 0)}[name]
     return jax.jit(lambda *arrays: run(*(arrays[i] for i in places)))
 
 
@@ -56,7 +54,7 @@ def _check(name, shape, dtype, want, got):
     assert got.dtype == dtype and error < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", api.IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_products(name, shape):
     stored, exact = _draw(shape, jnp.float32)
@@ -64,7 +62,7 @@ def test_plain_products(name, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", api.IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", GPU_SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 def test_the_kernel(name, shape, dtype):
@@ -80,42 +78,22 @@ def test_the_kernel(name, shape, dtype):
     np.testing.assert_array_equal(got, again)
 
 
-def _describe_both(describe, number):
-    """What the two blocks of every pair do: lists of tiles of plain integers."""
-    both = [jax.jit(jax.vmap(functools.partial(describe, second=second)))(jnp.arange(number)) for second in (0, 1)]
-    return [[mosaic_gpu.Tile(*tile) for tile in zip(*(part.tolist() for part in parts), strict=True)] for parts in both]
+@pytest.mark.parametrize(("symmetric", "expected"), [(True, 15), (False, 20)])
+def test_every_tile_once(symmetric, expected):
+    describe, number = mosaic_gpu.describe_tiles(5, 4, 8, symmetric=symmetric)
+    tiles = jax.vmap(describe)(jnp.arange(3 * number))
+    found = set(zip(*(np.asarray(part).tolist() for part in tiles[:3]), strict=True))
+    inside = lambda row, column: column <= row if symmetric else column < 4
+    assert number == expected and len(found) == 3 * expected
+    assert all(0 <= row < 5 and inside(row, column) for _, row, column in found)
 
 
-@pytest.mark.parametrize("side", [1, 2, 5, 8])
-@pytest.mark.parametrize("square", [False, True])
-def test_every_tile_of_a_symmetric_result_once(side, square):
-    describe, number = mosaic_gpu.describe_half(side, 8, square=square)
-    first, second = _describe_both(describe, 3 * number)
-    lower = {(matrix, row, column) for matrix in range(3) for row in range(side) for column in range(row + 1)}
-    assert {tile[:3] for tile in first + second} == lower
-    assert 2 * number <= len(lower) // 3 + 1
-    common = [[tile.row if tile.role == mosaic_gpu.ROW else tile.column for tile in tiles] for tiles in (first, second)]
-    assert common[0] == common[1], "the two of a pair have an index in common"
-    on_the_diagonal = {tile.row == tile.column for tile in first + second if tile.role == mosaic_gpu.BOTH}
-    assert on_the_diagonal == ({True} if square else set())
-
-
-def test_every_tile_of_another_result_once():
-    describe, number = mosaic_gpu.describe_all(5, 4, 8)
-    first, second = _describe_both(describe, 3 * number)
-    inside = {tile[:3] for tile in first + second if tile.row < 5}
-    assert inside == {(matrix, row, column) for matrix in range(3) for row in range(5) for column in range(4)}
-    assert number == 12 and len(set(first + second)) == 72
-    assert [tile.column for tile in first] == [tile.column for tile in second]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", api.IMPLEMENTATIONS)
 def test_the_kernel_can_be_traced(name):
     x, r = (jax.ShapeDtypeStruct((2, *sides), jnp.float16) for sides in ((192, 320), (192, 192)))
-    arguments = {"gram": (x,), "multiply": (r, r), "apply": (r, x)}.get(name, (r,))
-    product = mosaic_gpu.quadratic if name in TERMS else getattr(mosaic_gpu, name)
-    result = jax.eval_shape(functools.partial(product, **TERMS.get(name, {})), *arguments)
-    assert result == (x if name == "apply" else r)
+    arguments = {"gram": (x,), "multiply": (r, r), "quadratic": (r,), "apply": (r, x)}[name]
+    run = functools.partial(getattr(mosaic_gpu, name), **(TERMS if name == "quadratic" else {}))
+    assert jax.eval_shape(run, *arguments) == (x if name == "apply" else r)
 
 
 def test_what_the_kernel_refuses():
