@@ -33,6 +33,12 @@ class Softplus(Config):
     """g = -exp(a_log) softplus(raw + dt_bias): unbounded below; the released Kimi Linear."""
 
     kind: Literal["softplus"] = "softplus"
+    time_step: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1e-3, 1e-1)
+    """Range of softplus(dt_bias) at initialisation, log-uniform: small ones remember for long from the first step."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.time_step[0] > self.time_step[1]:
+            yield "time_step", f"{self.time_step[0]} is more than {self.time_step[1]}; the smaller one comes first"
 
 
 class LowerBound(Config):

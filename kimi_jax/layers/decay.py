@@ -20,16 +20,18 @@ def draw_log_rate(rngs: nnx.Rngs, num_heads: int) -> Float[Array, "HV"]:
     return jnp.log(uniform(rngs, (num_heads,), 1.0, 16.0))
 
 
-def draw_time_step(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Time steps, log-uniform in [1e-3, 1e-1]."""
-    return jnp.exp(uniform(rngs, shape, math.log(1e-3), math.log(1e-1)))
+def draw_time_step(
+    rngs: nnx.Rngs, shape: tuple[int, ...], least: float = 1e-3, most: float = 1e-1
+) -> Float[Array, "..."]:
+    """Time steps, log-uniform in [least, most]."""
+    return jnp.exp(uniform(rngs, shape, math.log(least), math.log(most)))
 
 
 class SoftplusParams(nnx.Module):
     """a_log and dt_bias of g = -exp(a_log) softplus(raw + dt_bias), starting at softplus(dt_bias) = dt."""
 
     def __init__(self, cfg: Softplus, *, shape: tuple[int, int], rngs: nnx.Rngs):
-        dt = draw_time_step(rngs, shape)
+        dt = draw_time_step(rngs, shape, *cfg.time_step)
         self.a_log = param(draw_log_rate(rngs, shape[0]), axes=("heads",))
         self.dt_bias = param(dt + jnp.log(-jnp.expm1(-dt)), axes=("heads", "head_dim"))
 

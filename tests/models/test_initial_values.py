@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kimi_jax.config.mixer import KdaMixer, MlaMixer
+from kimi_jax.config.load import validate
+from kimi_jax.config.mixer import KdaMixer, MlaMixer, Softplus
 from kimi_jax.config.model import ModelConfig, MoeFfn
+from kimi_jax.errors import UserError
 from kimi_jax.layers import param
+from kimi_jax.layers.decay import SoftplusParams
 from kimi_jax.layers.param import normal, uniform
 from kimi_jax.models.decoder import init
 
@@ -61,6 +64,14 @@ def test_softplus_decay_starts_as_in_mamba2():
     assert dt.min() >= 0.999e-3 and dt.max() <= 0.1001
     assert np.log(dt).mean() == pytest.approx(np.log(1e-2), abs=0.3)  # log-uniform: the mean is the middle
     assert np.log(dt).std() == pytest.approx(np.log(100) / np.sqrt(12), rel=0.15)
+
+
+def test_a_softplus_gate_starts_with_the_time_steps_of_its_config():
+    gate = SoftplusParams(Softplus(time_step=(1e-5, 1e-3)), shape=(8, 32), rngs=nnx.Rngs(0))
+    dt = np.logaddexp(0, np.asarray(gate.dt_bias[...], np.float64))
+    assert 1e-5 * 0.99 < dt.min() < 2e-5 and 5e-4 < dt.max() < 1e-3 * 1.01  # of 256 draws; rounding moves 1e-5 by 1e-3
+    with pytest.raises(UserError, match=r"0\.1 is more than 0\.01"):
+        validate({"time_step": [0.1, 0.01]}, Softplus, source="gate")
 
 
 def test_bounded_decay_starts_in_the_same_range():
