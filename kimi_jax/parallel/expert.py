@@ -70,18 +70,20 @@ def run_on_mesh(
         whole = Matrices(*(_gather(*pair, x_btD.dtype) for pair in zip(matrices, cuts, MATRIX_AXES, strict=True)))
         flat = (x.reshape(-1, x.shape[-1]) for x in (x_btD, *routing))
         y_sD, slot_mN, dropped = (_mix_away if travel else _mix_at_home)(experts, whole, *flat)
-        return lax.psum(y_sD, summed) if summed else y_sD, slot_mN, lax.psum(dropped, parts)
+        return y_sD, slot_mN, lax.psum(dropped, parts)
 
     def bring_back(y_sD, slot_mN):
         y_mD = _bring_back(y_sD, slot_mN) if travel else y_sD
+        y_mD = lax.psum(y_mD, summed) if summed else y_mD  # there are more slots than tokens: sums travel last
         return y_mD.reshape(jax.sharding.NamedSharding(mesh, tokens).shard_shape(x_BTD.shape))
 
     cut = functools.partial(jax.shard_map, axis_names=free, check_vma=False)  # kernels do not say what varies where
-    run = cut(run_part, in_specs=(cuts, tokens, tokens), out_specs=(P(parts), P(parts), P()))
+    results = P((*parts, *jax.tree.leaves(summed))), P(parts)
+    run = cut(run_part, in_specs=(cuts, tokens, tokens), out_specs=(*results, P()))
     y_SD, slot_MN, dropped = run(matrices, x_BTD, routing)
     if travel:  # rows are ready to leave before the rest begins
         x_BTD, y_SD = lax.optimization_barrier((x_BTD, y_SD))
-    return cut(bring_back, in_specs=(P(parts), P(parts)), out_specs=tokens)(y_SD, slot_MN) + beside(x_BTD), dropped
+    return cut(bring_back, in_specs=results, out_specs=tokens)(y_SD, slot_MN) + beside(x_BTD), dropped
 
 
 def _is_names(x: object) -> bool:

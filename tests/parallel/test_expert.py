@@ -8,6 +8,7 @@ from flax import nnx
 
 from kimi_jax.config import mesh as config
 from kimi_jax.config.model import MoeFfn
+from kimi_jax.experiments.plan_collectives import read_collectives
 from kimi_jax.layers.moe import Moe
 from kimi_jax.parallel.expert import plan_exchange, run_on_mesh
 from kimi_jax.parallel.mesh import build_mesh
@@ -22,6 +23,7 @@ MESHES = [
     {"fsdp": 4, "context": 2},
     {"expert": 2, "context": 4},
 ]
+PACKED = (3.5, {"expert": 8})  # not all tokens have room everywhere, yet all that are sent have
 
 
 def _build(capacity: float):
@@ -51,15 +53,26 @@ def one_device():
 
 
 @pytest.mark.multi_device
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_values_and_gradients_equal_those_of_one_device(one_device, sizes):
-    got = _run(float(E), sizes)
+@pytest.mark.parametrize(("capacity", "sizes"), [*((float(E), sizes) for sizes in MESHES), PACKED], ids=str)
+def test_values_and_gradients_equal_those_of_one_device(one_device, capacity, sizes):
+    got = _run(capacity, sizes)
     worst = 0.0
     for one, many in zip(jax.tree.leaves(one_device), jax.tree.leaves(got), strict=True):
         worst = max(worst, np.abs(many - one).max() / max(np.abs(one).max(), 1))
     print(f"{sizes}: {worst:.1e}")
     assert worst < TOLERANCE
     assert got[0][1][1].dropped == 0
+
+
+@pytest.mark.multi_device
+def test_sums_over_parts_of_experts_are_of_tokens_not_of_slots():
+    step, params = _build(float(E))
+    mesh = build_mesh(config.Mesh(expert=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        text = step.lower(params, X).compile().as_text()
+    sent = {found.axes: found.sent_bytes for found in read_collectives(text, dict(mesh.shape))}
+    tokens = B * T // 4
+    assert sent["tensor",] == 4 * tokens * (3 * D + 2), "results, their gradients, those of tokens and of weights"
 
 
 @pytest.mark.multi_device
