@@ -13,7 +13,7 @@ BASE_KEY = "base"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-3 is a number, and a key given twice is an error."""
+    """YAML as people expect it: 1e-3 is a number, `on` is a word, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -33,6 +33,10 @@ for _first in "-+.0123456789":
     _Loader.yaml_implicit_resolvers[_first] = [
         *_Loader.yaml_implicit_resolvers.get(_first, []),
         ("tag:yaml.org,2002:float", _FLOAT),
+    ]
+for _first in "yYnNoO":  # YAML 1.1 reads the words yes, no, on and off as booleans, and so the key `on` as true
+    _Loader.yaml_implicit_resolvers[_first] = [
+        (tag, pattern) for tag, pattern in _Loader.yaml_implicit_resolvers[_first] if not tag.endswith(":bool")
     ]
 
 

@@ -168,6 +168,12 @@ def test_scientific_notation_is_a_number(text):
     assert parse_yaml(text, "test") == float(text)
 
 
+def test_on_is_a_word(file):
+    """YAML 1.1 makes a boolean of it, also where it is a key."""
+    assert parse_yaml("{on: host, off: no, exit: true}", "test") == {"on": "host", "off": "no", "exit": True}
+    assert load(file, ["train.remat={kind: named, on: host}"], RunConfig).train.remat.on == "host"
+
+
 def test_text_that_only_resembles_a_number_stays_text():
     assert parse_yaml("1e", "test") == "1e" and parse_yaml("v1e3", "test") == "v1e3"
 
