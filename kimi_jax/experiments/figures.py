@@ -52,8 +52,8 @@ def _draw_curves(groups: Sequence[Group], metric: str, path: Path) -> Path | Non
             style = {"color": COLORS[i % len(COLORS)], "linestyle": "-" if i < len(COLORS) else "--"}
             axes.plot(steps, mean, label=group.label, linewidth=1.5, **style)
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            tops.append(high[len(high) // 20 :].max())
-        if not metric.endswith("accuracy"):
+            tops.extend(high[len(high) // 20 :])
+        if tops and not metric.endswith("accuracy"):
             axes.set_ylim(top=1.03 * max(tops))  # the first steps fall from the logarithm of the vocabulary
         axes.set_xlabel("optimizer step", color=INK)
 
@@ -123,7 +123,7 @@ def _draw_by_position(groups: Sequence[Group], evaluation: str, path: Path) -> P
         best_first = sorted(last, key=lambda label: last[label])
         near = dict(zip(best_first, _near([last[label] for label in best_first]), strict=True))
         values = [value for label, line in lines.items() if near[label] for value in line.values()]
-        margin = 0.08 * (max(values) - min(values))
+        margin = 0.08 * max(max(values) - min(values), 1e-3)
         bottom, top = min(values) - margin, max(values) + margin
         for i, (label, line) in enumerate(lines.items()):
             middles = [1.5 * position or 32 for position in line]

@@ -96,6 +96,18 @@ def test_further_evaluations_and_positions_are_shown(tmp_path):
     assert read_results(runs_dir)[-1].by_position("long") == {0: 4.0, 64: 3.9, 128: 3.8}
 
 
+def test_seeds_measured_at_other_steps_and_lines_without_height_can_be_drawn(tmp_path):
+    def value(run, fraction):
+        here = (fraction < 1) == (run.config.train.seed == 0)
+        return {"validation_loss_nats": 3.0 if here else None, "long_loss_nats": 3.0, "long_loss_nats_from_0": 3.0}
+
+    runs_dir = make_runs(
+        tmp_path, value, runs={"a": {"train.evaluations": {"long": {"by_position": True}}}}, seeds=[0, 1]
+    )
+    written = {path.name for path in write_report(runs_dir, runs_dir / "report")}
+    assert written >= {"loss_nats.png", "validation_loss_nats.png", "long_by_position.png"}
+
+
 def test_what_lies_far_from_the_best_is_cut_off():
     assert _near([0.5, 0.51, 0.52, 3.0]) == [True, True, True, False]
     assert _near([0.9, 0.8, 0.7, 0.01]) == [True, True, True, True]  # accuracies fall; nothing is far
