@@ -1,6 +1,6 @@
 """Figures over many runs: curves by step, accuracy by length, bars with seeds, loss by compute."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,8 @@ def scaling_points(results: Sequence[Result]) -> dict[str, tuple[np.ndarray, np.
     """For each family of model sizes: compute in PFLOP/s-days and validation loss of its finished runs, of several
     learning rates those of the best.
 
-    A family has one pattern of mixers, one kind of data and at least three sizes, the largest twice the smallest.
+    A family has one pattern of mixers, one kind of data and at least three sizes, the largest twice the smallest; so
+    with their compute, of which no law can be fitted where all sizes had the same.
     """
     finished = [run for run in results if run.is_finished and run.last(LOSS) is not None]
     families: dict[str, list[tuple[float, float]]] = {}
@@ -258,8 +259,12 @@ def scaling_points(results: Sequence[Result]) -> dict[str, tuple[np.ndarray, np.
         family = _family(group.runs[0])
         families.setdefault(family, []).extend((group.runs[0].flops / PF_DAY, loss) for loss in best)
         sizes.setdefault(family, set()).add(group.runs[0].active_parameters)
-    real = {name for name, found in sizes.items() if len(found) > 2 and max(found) >= 2 * min(found)}
-    return {name: tuple(np.array(sorted(found)).T) for name, found in families.items() if name in real}
+    points = {name: tuple(np.array(sorted(found)).T) for name, found in families.items()}
+    return {name: found for name, found in points.items() if _differ(sizes[name]) and _differ(set(found[0]))}
+
+
+def _differ(values: Collection[float]) -> bool:
+    return len(values) > 2 and max(values) >= 2 * min(values)
 
 
 def _by_rate(group: Group) -> Mapping[float, Sequence[float]]:
@@ -278,7 +283,7 @@ def _family(run: Result) -> str:
 
 
 def fit_families(results: Sequence[Result]) -> dict[str, PowerLaw]:
-    """The scaling law of each family with at least three different amounts of compute."""
+    """The scaling law of each family."""
     return {name: fit_power_law(*points) for name, points in scaling_points(results).items()}
 
 

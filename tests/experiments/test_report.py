@@ -13,7 +13,7 @@ from kimi_jax.config.load import dump
 from kimi_jax.errors import UserError
 from kimi_jax.experiments.figures import _near, fit_families, scaling_points
 from kimi_jax.experiments.report import write_report
-from kimi_jax.experiments.results import SWEPT_OVER, _label, group_runs, read_results
+from kimi_jax.experiments.results import SWEPT_OVER, Result, _label, group_runs, read_results
 from kimi_jax.experiments.scaling import compute_ratio, fit_power_law
 from kimi_jax.experiments.sweep import load_sweep
 from kimi_jax.train.run_dir import RunDir
@@ -191,7 +191,7 @@ def test_compute_at_equal_loss():
     assert 0.92 < np.mean(inside) < 0.98
 
 
-def test_sizes_of_one_pattern_make_a_scaling_law(tmp_path):
+def test_sizes_of_one_pattern_make_a_scaling_law(tmp_path, monkeypatch):
     def value(run, fraction):
         return {"validation_loss_nats": 3.0 * (run.config.model.model_dim / 32) ** -0.1}
 
@@ -207,6 +207,8 @@ def test_sizes_of_one_pattern_make_a_scaling_law(tmp_path):
     assert not fit_families(read_results(make_runs(tmp_path / "arms", value, runs=arms))), "no sizes, but arms"
     table = {row["family"]: row for row in read_csv(tmp_path / "report" / "scaling.csv")}
     assert table["1mla"]["1mla needs"] == "1" and table["1mla"]["1kda-1mla needs"].endswith(")")
+    monkeypatch.setattr(Result, "flops", 1e15)
+    assert not fit_families(read_results(runs_dir)), "all of one compute"
 
 
 def test_of_several_learning_rates_the_best_counts(tmp_path):
