@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = lambda name, run, text: _add(commands, name, run, text)
 
-    to_hf = add("to-hf", convert_to_hf, "write a checkpoint as a directory that transformers and vLLM load")
+    to_hf = add("to-hf", convert_to_hf, "write a checkpoint as a directory that transformers loads")
     to_hf.add_argument("run", metavar="RUN", help="a run directory or an imported one")
     to_hf.add_argument("out_dir", metavar="OUT_DIR", help="the new directory")
     to_hf.add_argument("--step", type=int, help="of the run's checkpoint (default: the newest)")
