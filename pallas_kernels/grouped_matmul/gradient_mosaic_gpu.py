@@ -10,11 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.product_mosaic_gpu import tile_width
-from pallas_kernels.grouped_matmul.store_mosaic_gpu import Pieces
 from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, sum_before
 from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
     WARPGROUPS,
+    Pieces,
     Work,
     barriers,
     launch,

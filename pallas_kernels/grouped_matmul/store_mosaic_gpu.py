@@ -1,6 +1,6 @@
 """How results leave the Hopper kernels: through shared memory, in pieces, and only rows of a tile's own group."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig
-from pallas_kernels.tiles_mosaic_gpu import HEIGHT, WARPGROUPS, f32, piece_width, swizzled
+from pallas_kernels.tiles_mosaic_gpu import HEIGHT, WARPGROUPS, Pieces, f32, piece_width, swizzled
 
 
 def staging(dtype, config: TileConfig):
@@ -17,24 +17,6 @@ def staging(dtype, config: TileConfig):
     shape = (WARPGROUPS, config.slots, HEIGHT)  # the same for all, so that no warpgroup writes another's part
     whole, rows = (*shape, piece_width(dtype)), (*shape, piece_width(f32))
     return plgpu.RefUnion(swizzled(*whole, dtype=dtype), plgpu.SMEM(whole, dtype), plgpu.SMEM(rows, f32))
-
-
-class Pieces:
-    """Stores all rows of a warpgroup, one swizzled piece of columns after the other, through a few slots in turn."""
-
-    def __init__(self, slots_ref):
-        self.slots, self.used = slots_ref, 0
-
-    def store(self, value, target: Callable[[int], Any]) -> None:
-        """`target(column)` is the place of the piece that starts there."""
-        slots, width = self.slots.shape[0], piece_width(self.slots.dtype)
-        for column in range(0, value.shape[1], width):
-            slot = self.slots.at[self.used % slots]
-            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-            slot[...] = value[:, column : column + width]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(slot, target(column))
-            self.used += 1
 
 
 class OwnRows:

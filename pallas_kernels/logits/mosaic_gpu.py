@@ -16,6 +16,7 @@ from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
     ROWS,
     WARPGROUPS,
+    Pieces,
     Work,
     barriers,
     f32,
@@ -87,12 +88,8 @@ def logits(
             rows = pl.ds(tile.row * ROWS + warpgroup * HEIGHT, HEIGHT)
             # Without the barrier the compiler reads accumulators while products run, and serialises these.
             rounded = lax.optimization_barrier(accumulated[0].astype(RESULT))
-            for i in range(width // PIECE):
-                slot, first = staged.at[warpgroup, i % SLOTS], i * PIECE
-                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-                slot[...] = rounded[:, first : first + PIECE]
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(slot, values.at[rows, pl.ds(tile.column * width + first, PIECE)])
+            place = lambda column: values.at[rows, pl.ds(tile.column * width + column, PIECE)]
+            Pieces(staged.at[warpgroup]).store(rounded, place)
             left_over = A - tile.column * width if A % width else None
             vectors[warpgroup] = _log_sum_exp(rounded.astype(f32), left_over)
             plgpu.commit_smem()

@@ -17,6 +17,7 @@ from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
     ROWS,
     WARPGROUPS,
+    Pieces,
     Work,
     barriers,
     f32,
@@ -176,15 +177,13 @@ def _multiply_stacks(
             return jnp.where(row - column == offset, value + a, value)
 
         def finish(tile, values, take):
-            top = tile.row * ROWS + warpgroup * HEIGHT
+            top, way_out = tile.row * ROWS + warpgroup * HEIGHT, Pieces(staged.at[warpgroup])
             for i in range(pieces):
-                first, buffer = tile.column * width + i * PIECE, staged.at[warpgroup, i % SLOTS]
+                first = tile.column * width + i * PIECE
                 value = values[0][:, i * PIECE : (i + 1) * PIECE]
                 value = (add_terms(value, take, i, first - top) if terms else value).astype(dtype)
-                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-                buffer[...] = value
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(buffer, out.at[tile.matrix, pl.ds(top, HEIGHT), pl.ds(first, PIECE)])
+                place = out.at[tile.matrix, pl.ds(top, HEIGHT), pl.ds(first, PIECE)]
+                way_out.store(value, lambda _, place=place: place)
 
         work = Work(describe, load, multiply_step, finish, pieces if terms else 0)
         run_tiles(work, jnp.int32(x.shape[0] * tiles), [(HEIGHT, width)], full, empty)
