@@ -29,11 +29,14 @@ Conv = Annotated[ShortConv | NoConv, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------ decay
+TIME_STEP = (1e-3, 1e-1)  # as Mamba2 has it: range of the time steps at initialisation
+
+
 class Softplus(Config):
     """g = -exp(a_log) softplus(raw + dt_bias): unbounded below; the released Kimi Linear."""
 
     kind: Literal["softplus"] = "softplus"
-    time_step: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1e-3, 1e-1)
+    time_step: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = TIME_STEP
     """Range of softplus(dt_bias) at initialisation, log-uniform: small ones remember for long from the first step."""
 
     def problems(self) -> Iterator[tuple[str, str]]:

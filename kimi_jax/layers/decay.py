@@ -7,7 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kimi_jax.config.mixer import ChannelDecay, Decay, Gate, HeadDecay, LinearMixer, LowerBound, NoDecay, Softplus
+from kimi_jax.config.mixer import (
+    TIME_STEP,
+    ChannelDecay,
+    Decay,
+    Gate,
+    HeadDecay,
+    LinearMixer,
+    LowerBound,
+    NoDecay,
+    Softplus,
+)
 from kimi_jax.layers.linear import project
 from kimi_jax.layers.param import normal, param, uniform
 from pallas_kernels.kda.api import LowerBoundGate, SoftplusGate
@@ -20,9 +30,7 @@ def draw_log_rate(rngs: nnx.Rngs, num_heads: int) -> Float[Array, "HV"]:
     return jnp.log(uniform(rngs, (num_heads,), 1.0, 16.0))
 
 
-def draw_time_step(
-    rngs: nnx.Rngs, shape: tuple[int, ...], least: float = 1e-3, most: float = 1e-1
-) -> Float[Array, "..."]:
+def draw_time_step(rngs: nnx.Rngs, shape: tuple[int, ...], least: float, most: float) -> Float[Array, "..."]:
     """Time steps, log-uniform in [least, most]."""
     return jnp.exp(uniform(rngs, shape, math.log(least), math.log(most)))
 
@@ -48,7 +56,7 @@ class LowerBoundParams(nnx.Module):
 
     def __init__(self, cfg: LowerBound, *, shape: tuple[int, int], rngs: nnx.Rngs):
         self.bound = cfg.bound
-        rate = jnp.exp(draw_log_rate(rngs, shape[0]))[:, None] * draw_time_step(rngs, shape)
+        rate = jnp.exp(draw_log_rate(rngs, shape[0]))[:, None] * draw_time_step(rngs, shape, *TIME_STEP)
         fraction = jnp.minimum(rate / -cfg.bound, 0.5)
         self.a_log = param(jnp.zeros(shape[0], jnp.float32), axes=("heads",))
         self.dt_bias = param(jnp.log(fraction) - jnp.log1p(-fraction), axes=("heads", "head_dim"))
