@@ -61,9 +61,8 @@ def mix(
     """Returns sum_k weight_k E_k(x), summed in float32; expert number E is none. All experts are on this device."""
     row_Mk, group_sizes_E = place_rows(expert_Mk, matrices.gate.shape[0])
     scale = jnp.zeros(row_Mk.size, weight_Mk.dtype).at[row_Mk].set(weight_Mk, unique_indices=True)
-    moves = "xla" if implementation == "reference" else implementation
-    rows = run_sorted(matrices, spread_rows(x_MD, row_Mk, moves), scale, group_sizes_E, implementation)
-    return sum_rows(rows, row_Mk, moves)
+    rows = run_sorted(matrices, spread_rows(x_MD, row_Mk, implementation), scale, group_sizes_E, implementation)
+    return sum_rows(rows, row_Mk, implementation)
 
 
 def run_here(

@@ -169,9 +169,9 @@ def _mix_arrived(experts: Experts, matrices: Matrices, x_sD, expert_sk, weight_s
     """`mix` for tokens most of whose choices are not here: at most `rows` are."""
     place_sk, sizes = place_rows(expert_sk, matrices.gate.shape[0])
     scale = jnp.zeros(rows, weight_sk.dtype).at[place_sk].set(weight_sk, mode="drop", unique_indices=True)
-    moves = "xla" if experts.implementation == "reference" else experts.implementation
-    x_rD = fill_rows(x_sD, place_sk, jnp.sum(sizes), rows, moves)
-    return sum_filled(run_sorted(matrices, x_rD, scale, sizes, experts.implementation), place_sk, jnp.sum(sizes), moves)
+    how = experts.implementation
+    x_rD = fill_rows(x_sD, place_sk, jnp.sum(sizes), rows, how)
+    return sum_filled(run_sorted(matrices, x_rD, scale, sizes, how), place_sk, jnp.sum(sizes), how)
 
 
 def _beyond(end: int, like: Array) -> Int[Array, "m k"]:

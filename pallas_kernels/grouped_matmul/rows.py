@@ -45,6 +45,7 @@ def _gather(x: Float[Array, "T D"], row: Int[Array, "T k"], num_rows: int) -> Fl
 IMPLEMENTATIONS = {  # fastest first
     "mosaic_gpu": Implementation(rows_mosaic_gpu.spread_rows, refuse),
     "xla": Implementation(_gather),
+    "reference": Implementation(_gather),  # nothing simpler defines it; a caller names one for rows and products
 }
 
 
@@ -56,7 +57,7 @@ def spread_rows(
 
     Args:
       row: int32; every number from 0 to T k exactly once.
-      implementation: "auto", "mosaic_gpu" or "xla".
+      implementation: "auto", "mosaic_gpu", "xla" or "reference".
       num_rows: of the result, at most T k: rows from there on do not exist; None: T k.
     """
     return call("spread_rows", IMPLEMENTATIONS, implementation, x, row, row.size if num_rows is None else num_rows)
