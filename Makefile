@@ -30,7 +30,7 @@ $(STAMP): setup.cfg
 quickstart: $(STAMP)
 	$(PY) scripts/quickstart.py
 
-# files are shared out over the cores; each worker keeps its own cache of compiled programs
+# files are shared out over the cores
 test: $(STAMP)
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not gpu and not slow and not multi_device"
 
@@ -44,7 +44,8 @@ test-slurm: $(STAMP)
 test-multi-device: $(STAMP)
 	JAX_NUM_CPU_DEVICES=8 $(PY) -m pytest -n auto --maxprocesses 10 --dist worksteal -m multi_device
 
-# nearly all of it is compilation, a core per worker; each takes only the memory it needs of the one GPU
+# nearly all of it is compilation, a core per worker (PYTEST_XDIST_AUTO_NUM_WORKERS sets how many); workers share what
+# they compiled, and each takes only the memory it needs of the one GPU
 test-gpu: $(STAMP)
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \
 	  $(PY) -m pytest -n auto --maxprocesses 16 --dist worksteal -m gpu

@@ -18,10 +18,12 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory) -> str:
-    """Equal programs are compiled once per session (per worker of `pytest -n`), subprocesses included."""
-    folder = str(tmp_path_factory.mktemp("xla"))
+    """Equal programs are compiled once per session, for all workers of `pytest -n` and subprocesses."""
+    together = tmp_path_factory.getbasetemp().parent / "xla"
+    folder = str(together if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("xla"))
     settings = {
         "jax_compilation_cache_dir": folder,
+        "jax_compilation_cache_max_size": 2**36,  # with a limit, entries are read and written under a lock
         "jax_persistent_cache_min_compile_time_secs": 0.5,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
