@@ -138,9 +138,10 @@ class KdaMixer(LinearMixer):
 
 
 class GdnMixer(LinearMixer):
-    """Gated DeltaNet: the delta rule with one softplus decay per head (arXiv 2412.06464)."""
+    """Gated DeltaNet: the delta rule with one decay per head (arXiv 2412.06464)."""
 
     kind: Literal["gdn"] = "gdn"
+    decay: HeadDecay = HeadDecay()
     implementation: KdaImplementation = "auto"
 
 
@@ -148,6 +149,7 @@ class Mamba2Mixer(LinearMixer):
     """Mamba2 as the paper's baseline: one decay per head and no delta correction (arXiv 2405.21060)."""
 
     kind: Literal["mamba2"] = "mamba2"
+    decay: HeadDecay = HeadDecay()
     implementation: Literal["auto", "chunked", "reference"] = "auto"
 
 

@@ -17,7 +17,6 @@ from kimi_jax.config.model import DenseFfn, ModelConfig, MoeFfn
 from kimi_jax.errors import UserError
 from kimi_jax.interop.public_config import LinearAttention, PublicConfig
 from kimi_jax.interop.public_form import LATENT_NORM_EPS, no_public_form
-from kimi_jax.models.counts import decay_of
 
 
 # ------------------------------------------------------------------ to the public form
@@ -80,7 +79,7 @@ def _linear_attention(cfg: ModelConfig, linear: LinearMixer | None) -> LinearAtt
     """The lists are always written: without them transformers assumes a pattern of its own."""
     mixers = [(layer, cfg.mixers[name]) for layer, name in enumerate(cfg.mixer_names, start=1)]
     kda = tuple(layer for layer, mixer in mixers if isinstance(mixer, LinearMixer))
-    per_head = tuple(layer for layer, mixer in mixers if layer in kda and isinstance(decay_of(mixer), HeadDecay))
+    per_head = tuple(layer for layer, mixer in mixers if layer in kda and isinstance(mixer.decay, HeadDecay))
     fields = {"kda_layers": kda, "full_attn_layers": tuple(layer for layer, _ in mixers if layer not in kda)}
     if per_head:
         fields["head_decay_layers"] = per_head

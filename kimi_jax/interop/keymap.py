@@ -21,7 +21,6 @@ from kimi_jax.interop.transforms import (
     Transform,
     copy_blocks,
 )
-from kimi_jax.models.counts import decay_of
 from kimi_jax.models.layout import layer_kinds, plan_layout
 from kimi_jax.types import Variables
 
@@ -102,7 +101,7 @@ def _head_decay(key_dim: int) -> tuple[Entry, ...]:
 def layer_entries(mixer: Mixer, ffn: Ffn) -> tuple[Entry, ...]:
     """The lines of one layer."""
     if isinstance(mixer, LinearMixer):
-        per_channel = isinstance(decay_of(mixer), ChannelDecay)
+        per_channel = isinstance(mixer.decay, ChannelDecay)
         mixing = LINEAR + (CHANNEL_DECAY if per_channel else _head_decay(mixer.key_dim))
     else:
         mixing = MLA

@@ -17,7 +17,6 @@ from kimi_jax.config.mixer import (
     Softplus,
 )
 from kimi_jax.config.model import DenseFfn, ModelConfig, MoeFfn
-from kimi_jax.models.counts import decay_of
 
 LATENT_NORM_EPS = 1e-6  # no field of config.json: the public implementations build this norm with their default
 # Of a mixer: how it is computed, not what; and what the layer lists say of each layer.
@@ -49,7 +48,7 @@ def _without(field: str, value: Any, rule: str) -> str:
 
 
 def _linear_problems(mixer: KdaMixer | GdnMixer, cfg: ModelConfig) -> Iterator[tuple[str, Any, str]]:
-    decay, gate = decay_of(mixer), mixer.output_gate
+    decay, gate = mixer.decay, mixer.output_gate
     size = f"must be key_dim={mixer.key_dim}"
     if mixer.value_heads != mixer.num_heads:
         yield "num_value_heads", mixer.value_heads, f"must be num_heads={mixer.num_heads}"

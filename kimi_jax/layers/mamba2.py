@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.config.mixer import HeadDecay, Mamba2Mixer
+from kimi_jax.config.mixer import Mamba2Mixer
 from kimi_jax.layers.cache import RecurrentCache
 from kimi_jax.layers.norm import l2_normalize
 from kimi_jax.layers.recurrent import RecurrentMixer
@@ -18,7 +18,7 @@ class Mamba2(RecurrentMixer):
     """
 
     def __init__(self, cfg: Mamba2Mixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
-        super().__init__(cfg, HeadDecay(), model_dim=model_dim, std=std, rngs=rngs)
+        super().__init__(cfg, cfg.decay, model_dim=model_dim, std=std, rngs=rngs)
 
     @jax.named_scope("mamba2")
     def __call__(

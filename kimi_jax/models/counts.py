@@ -179,20 +179,15 @@ def _count_mla(cfg: MlaMixer, D: int) -> Weights:
     return Weights(matrix=matrix, other=R, tensors=5)
 
 
-def _count_linear(cfg: LinearMixer, D: int) -> Weights:
+def _count_linear(cfg: KdaMixer | GdnMixer | Mamba2Mixer, D: int) -> Weights:
     key, value = cfg.num_heads * cfg.key_dim, cfg.value_heads * cfg.value_dim
     projections = Weights(matrix=D * (2 * key + 2 * value + cfg.value_heads), tensors=5)  # q, k, v, output, beta
-    parts = [projections, Weights(other=cfg.value_dim, tensors=1), _count_decay(decay_of(cfg), cfg, D)]
+    parts = [projections, Weights(other=cfg.value_dim, tensors=1), _count_decay(cfg.decay, cfg, D)]
     if isinstance(cfg.conv, ShortConv):
         parts.append(Weights(other=cfg.conv.width * (2 * key + value), tensors=3))
     if not isinstance(cfg.output_gate, NoGate):
         parts.append(Weights(matrix=cfg.output_gate.rank * (D + value), tensors=2))
     return _sum(parts)
-
-
-def decay_of(cfg: LinearMixer) -> Decay:
-    """The decay of a linear-attention mixer; that of the baselines is one per head."""
-    return cfg.decay if isinstance(cfg, KdaMixer) else HeadDecay()
 
 
 def _count_decay(decay: Decay, cfg: LinearMixer, D: int) -> Weights:

@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 from kimi_jax.config.load import validate
-from kimi_jax.config.mixer import KdaMixer, MlaMixer, Softplus
+from kimi_jax.config.mixer import GdnMixer, KdaMixer, Mamba2Mixer, MlaMixer, Softplus
 from kimi_jax.config.model import ModelConfig, MoeFfn
 from kimi_jax.errors import UserError
 from kimi_jax.layers import param
 from kimi_jax.layers.decay import SoftplusParams
 from kimi_jax.layers.param import normal, uniform
+from kimi_jax.models.block import MIXERS
 from kimi_jax.models.decoder import init
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -72,6 +73,15 @@ def test_a_softplus_gate_starts_with_the_time_steps_of_its_config():
     assert 1e-5 * 0.99 < dt.min() < 2e-5 and 5e-4 < dt.max() < 1e-3 * 1.01  # of 256 draws; rounding moves 1e-5 by 1e-3
     with pytest.raises(UserError, match=r"0\.1 is more than 0\.01"):
         validate({"time_step": [0.1, 0.01]}, Softplus, source="gate")
+
+
+@pytest.mark.parametrize("kind", [KdaMixer, GdnMixer, Mamba2Mixer])
+def test_every_mixer_with_decays_starts_with_the_time_steps_of_its_config(kind):
+    decay = {"kind": "head", "gate": {"kind": "softplus", "time_step": [1e-5, 1e-3]}}
+    cfg = kind(num_heads=2, key_dim=2, value_dim=2, decay=decay)
+    build = jax.jit(lambda: nnx.state(MIXERS[kind](cfg, model_dim=2, std=0.1, rngs=nnx.Rngs(0)).decay.gate, nnx.Param))
+    dt = np.logaddexp(0, np.asarray(build()["dt_bias"][...], np.float64))
+    assert dt.shape == (2, 1) and dt.min() > 0.99e-5 and dt.max() < 1.01e-3  # those of language models: at least 1e-3
 
 
 def test_bounded_decay_starts_in_the_same_range():
