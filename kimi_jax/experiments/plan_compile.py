@@ -24,9 +24,10 @@ from kimi_jax.experiments.plan_collectives import Collective, read_collectives
 from kimi_jax.experiments.plan_hardware import Hardware, compiler_target, read_hardware, topology_name
 from kimi_jax.parallel.mesh import build_mesh, check_run
 from kimi_jax.parallel.rules import batch_sharding
+from kimi_jax.train.programs import compile_step
 from kimi_jax.train.state import Recipe
 from kimi_jax.train.step import build_train_step
-from kimi_jax.train.xla_flags import apply_defaults
+from kimi_jax.train.xla_flags import apply
 from pallas_kernels import hopper
 
 WITHOUT_A_GPU = "--xla_gpu_autotune_level=0"  # algorithms are not measured
@@ -66,7 +67,8 @@ def compile_elsewhere(cfg: RunConfig, hardware: Hardware) -> Compiled:
     """
     environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     environment["JAX_NUM_CPU_DEVICES"] = str(hardware.count)
-    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {WITHOUT_A_GPU} {QUICKLY}".strip()
+    apply(cfg.train.flags, environment)  # as training does
+    environment["XLA_FLAGS"] += f" {WITHOUT_A_GPU} {QUICKLY}"
     command = [sys.executable, "-m", "kimi_jax.experiments.plan_compile"]
     request = json.dumps({"config": cfg.model_dump(mode="json"), "hardware": str(hardware)})
     child = subprocess.run(command, input=request, env=environment, capture_output=True, text=True, check=False)
@@ -83,8 +85,8 @@ def _numbers(collective: dict) -> tuple[int, int]:
     return collective["count"], collective["sent_bytes"]
 
 
-def compile_step(cfg: RunConfig, hardware: Hardware) -> Compiled:
-    """Compiles the training step for devices of that kind; everything in it is a shape."""
+def compile_here(cfg: RunConfig, hardware: Hardware) -> Compiled:
+    """Compiles the training step for devices of that kind, as training does; everything in it is a shape."""
     devices, target = describe_devices(hardware)
     mesh = build_mesh(cfg.mesh, devices)
     check_run(mesh, cfg)
@@ -96,7 +98,7 @@ def compile_step(cfg: RunConfig, hardware: Hardware) -> Compiled:
     step = jax.jit(build_train_step(recipe), donate_argnums=0, out_shardings=(shardings, None))
     on_gpu = hopper.compiling_for(hardware.gpu.capability) if target != "cpu" else contextlib.nullcontext()
     with jax.set_mesh(mesh), on_gpu:
-        compiled = step.lower(state, batch).compile()
+        compiled = compile_step(step.lower(state, batch), mesh)
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return Compiled(
         target=target,
@@ -121,10 +123,9 @@ def describe_devices(hardware: Hardware) -> tuple[Sequence[jax.Device], str]:
 def main() -> None:
     request = json.load(sys.stdin)
     cfg, hardware = RunConfig.model_validate(request["config"]), read_hardware(request["hardware"])
-    print(json.dumps(dataclasses.asdict(compile_step(cfg, hardware))))
+    print(json.dumps(dataclasses.asdict(compile_here(cfg, hardware))))
 
 
 if __name__ == "__main__":
-    apply_defaults()
     with exit_on_user_error():
         main()

@@ -88,7 +88,7 @@ def _measure(request: Request, recipe: Recipe, mesh: Mesh) -> Measurement:
     batches = [jax.device_put(random_batch(seed, *sizes), batch_sharding(mesh)) for seed in range(BATCHES)]
     start = time.perf_counter()
     init, step = lower_step(recipe, mesh, batches[0])
-    compiled = compile_step(step, mesh.size)
+    compiled = compile_step(step, mesh)
     compile_s = time.perf_counter() - start
     stepper = _Stepper(compiled, init.compile()(jax.random.key(cfg.train.seed)), batches)
     _, warm_losses = stepper.take(request.warmup)

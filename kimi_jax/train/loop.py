@@ -129,7 +129,7 @@ class _Loop:
     ):
         self.recipe, self.cfg, self.data, self.store = recipe, recipe.cfg.train, data, store
         self.abstract_state, self.batch_sharding = recipe.abstract_state(mesh), batch_sharding(mesh)
-        self.shardings, self.num_devices = jax.tree.map(lambda x: x.sharding, self.abstract_state), mesh.size
+        self.shardings, self.mesh = jax.tree.map(lambda x: x.sharding, self.abstract_state), mesh
         self.paths, self.display, self.watchdog = paths, display, watchdog
         self.sinks: Sequence[Sink] = ()
         self.iterator = data.train_iterator()
@@ -175,7 +175,7 @@ class _Loop:
             lowered = step.lower(self.abstract_state, batch)
         except NotImplementedError as error:  # an operator's implementation that the config names cannot run here
             raise UserError(f"config: {error}") from error
-        self.train_step = compile_step(lowered, self.num_devices)
+        self.train_step = compile_step(lowered, self.mesh)
         self.evaluator = Evaluator(self.recipe, self.measurements, self._place)
         seconds = time.perf_counter() - start
         memory = self.train_step.memory_analysis()

@@ -11,7 +11,7 @@ from kimi_jax.config.mesh import Mesh
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
 from kimi_jax.experiments.plan_collectives import Collective, read_collectives
-from kimi_jax.experiments.plan_compile import compile_elsewhere, compile_step
+from kimi_jax.experiments.plan_compile import compile_elsewhere, compile_here
 from kimi_jax.experiments.plan_hardware import GPUS, compiler_target, read_hardware, topology_name
 from kimi_jax.experiments.plan_run import Planned, candidates, examine, parse_mesh, plan
 from kimi_jax.experiments.plan_traffic import Traffic, seconds
@@ -183,6 +183,6 @@ def test_formulas_meet_the_compiled_program(mesh):
     debug = planned(*ROWS, *SMALL)
     cfg = debug.recipe.cfg.model_copy(update={"mesh": parse_mesh(mesh)})
     formula = sum(t.sent_bytes for t in examine(debug, cfg.mesh).traffic if t.what == what)
-    compiled = compile_step(cfg, debug.hardware)
+    compiled = compile_here(cfg, debug.hardware)
     counted = sum(c.sent_bytes for c in compiled.collectives if c.kind in kinds)
     assert counted == pytest.approx(formula, rel=tolerance)
