@@ -49,14 +49,15 @@ def main() -> int:
 
     xla_flags.apply(cfg.train.flags)
     with plain_interrupts():
-        from kimi_jax.parallel import processes  # after the config is known to be right: these import jax
+        from kimi_jax.generate.benchmark import Benchmark  # after the config is known to be right: these import jax
+        from kimi_jax.parallel import processes
         from kimi_jax.train.loop import train
         from kimi_jax.train.programs import keep_programs
 
     place = processes.find_place(arguments.coordinator, arguments.num_processes, arguments.process_id)
     with processes.joined(place, heartbeat_s=cfg.train.watchdog.heartbeat_s):
         keep_programs()
-        return train(cfg, run_dir, arguments.resume).exit_code
+        return train(cfg, run_dir, arguments.resume, open_benchmark=Benchmark).exit_code
 
 
 def put_into_queue(cfg: RunConfig, run_dir: Path, arguments: argparse.Namespace) -> int:

@@ -140,6 +140,10 @@ class Train(Config):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # metrics and files are called after it
                 yield "evaluations", f"{name!r} must be of letters, digits, - and _"
 
+    def evaluations_of[E: Config](self, kind: type[E]) -> dict[str, E]:
+        """The evaluations of one kind, by name."""
+        return {name: evaluation for name, evaluation in self.evaluations.items() if isinstance(evaluation, kind)}
+
 
 class Wandb(Config):
     """Weights & Biases (extra `log`)."""

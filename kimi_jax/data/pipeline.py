@@ -245,6 +245,11 @@ def save_tokenizer(dataset: Dataset, target: Path) -> None:
         shutil.copyfile(folder / name, target / name)
 
 
+def tokenizer_of(dataset: Dataset) -> Tokenizer | None:
+    """Opens the tokenizer of text; the examples of a task have none."""
+    return open_tokenizer(dataset.train.folder) if isinstance(dataset.train, RecordSource) else None
+
+
 def open_tokenizer(folder: Path) -> Tokenizer:
     """Opens the tokenizer that made the records of a folder, or that `save_tokenizer` put there.
 

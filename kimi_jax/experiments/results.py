@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kimi_jax.config.evaluation import LmEval, LossEvaluation
 from kimi_jax.config.sweep import SEED_KEYS
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
@@ -66,7 +67,10 @@ class Result:
     @property
     def evaluations(self) -> list[str]:
         """Metrics of `train.evaluations`, without those by position, as far as they were measured."""
-        names = (f"{name}_{what}" for name in self.config.train.evaluations for what in ("loss_nats", "accuracy"))
+        cfg = self.config.train
+        names = [f"{name}_{what}" for name in cfg.evaluations_of(LossEvaluation) for what in ("loss_nats", "accuracy")]
+        benchmarks = tuple(f"{name}_" for name in cfg.evaluations_of(LmEval))
+        names += dict.fromkeys(key for record in self.records for key in record if key.startswith(benchmarks))
         return [name for name in names if self.series(name)]
 
     def by_position(self, evaluation: str) -> dict[int, float]:

@@ -3,7 +3,7 @@
 import codecs
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Int
 
 from kimi_jax.data.chat import END_OF_TURN
@@ -81,7 +82,7 @@ class Completions(NamedTuple):
 class Generator:
     """Continues prompts with one model.
 
-    Compiles once per batch size and (power of two of) length; every further call reuses that.
+    Compiles once per config, batch size and (power of two of) length; every further call reuses that.
     """
 
     def __init__(self, model: SavedModel):
@@ -91,13 +92,8 @@ class Generator:
         turn = model.tokenizer.specials.get(END_OF_TURN)  # ends a text too, whatever ends a document
         self.stop_ids = model.stop_ids if turn in (None, *model.stop_ids) else (*model.stop_ids, turn)
         self._weights = (cast_matrices(model.params, model.cfg.dtype), model.buffers)
-        graphdef = abstract(model.cfg)[0]
-        bind = functools.partial
         num_tokens = min(model.tokenizer.vocab_size, model.cfg.vocab_size)
-        self._init = jax.jit(bind(init_state, graphdef), static_argnames=("batch", "slots"))
-        self._prefill = jax.jit(bind(prefill_piece, graphdef), donate_argnames=("caches", "last_BD"))
-        self._decode = jax.jit(bind(decode_step, graphdef), donate_argnames=("caches",))
-        self._pick = jax.jit(bind(next_token, graphdef, num_tokens=num_tokens))
+        self._run = _programs(abstract(model.cfg)[0], num_tokens)
 
     def stream(self, prompt: Prompt, settings: Settings = Settings()) -> Iterator[str]:
         """Yields the text that follows a prompt as it comes, one (possibly empty) piece per token.
@@ -164,19 +160,38 @@ class Generator:
         rule = make_rule(settings.temperature, settings.top_p, settings.top_k)
         keys_B = jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + np.uint32(settings.seed))
         slots = round_length(padded_length(max(map(len, prompts))) + settings.max_new_tokens)
-        caches, last_BD = self._init(*self._weights, batch=len(prompts), slots=slots)
+        caches, last_BD = self._run.init(*self._weights, batch=len(prompts), slots=slots)
         for tokens_BT, segment_ids_BT in cut_pieces(prompts):
-            caches, last_BD = self._prefill(*self._weights, caches, last_BD, tokens_BT, segment_ids_BT)
+            caches, last_BD = self._run.prefill(*self._weights, caches, last_BD, tokens_BT, segment_ids_BT)
         finished_B = np.zeros(len(prompts), bool)
         for step in range(settings.max_new_tokens):
-            tokens_B = self._pick(*self._weights, last_BD, keys_B, jnp.int32(step), rule)
+            tokens_B = self._run.pick(*self._weights, last_BD, keys_B, jnp.int32(step), rule)
             if step + 1 < settings.max_new_tokens:  # dispatched before this step's tokens are waited for
-                caches, last_BD = self._decode(*self._weights, caches, tokens_B)
+                caches, last_BD = self._run.decode(*self._weights, caches, tokens_B)
             known_B = np.where(finished_B, FINISHED, np.asarray(tokens_B))
             yield known_B
             finished_B |= np.isin(known_B, self.stop_ids)
             if finished_B.all():
                 return
+
+
+class _Programs(NamedTuple):
+    init: Callable
+    prefill: Callable
+    decode: Callable
+    pick: Callable
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(graphdef: nnx.GraphDef, num_tokens: int) -> _Programs:
+    """Equal configs share compiled code, in whatever `Generator` they are used."""
+    bind = functools.partial
+    return _Programs(
+        init=jax.jit(bind(init_state, graphdef), static_argnames=("batch", "slots")),
+        prefill=jax.jit(bind(prefill_piece, graphdef), donate_argnames=("caches", "last_BD")),
+        decode=jax.jit(bind(decode_step, graphdef), donate_argnames=("caches",)),
+        pick=jax.jit(bind(next_token, graphdef, num_tokens=num_tokens)),
+    )
 
 
 class _Row:

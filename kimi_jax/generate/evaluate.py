@@ -5,12 +5,17 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kimi_jax.config.model import ModelConfig
+from kimi_jax.data.tokenizers import Tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.generate.score import BATCH_SIZE
 from kimi_jax.interop.files import write_json
-from kimi_jax.interop.saved_model import SavedModel, load_model
+from kimi_jax.interop.saved_model import load_model
+
+if TYPE_CHECKING:  # the extra `eval`
+    from kimi_jax.generate.lm_eval_adapter import Requests, Tasks
 
 RESULTS = "results.json"
 
@@ -64,23 +69,35 @@ def evaluate(
       UserError: no harness, an unknown task, one whose documents cannot be had, a checkpoint that is missing,
         damaged or without a tokenizer, or an output that cannot be written.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("evaluate: lm_eval is not installed; pip install 'kimi_jax[eval]'")
+    check_harness()
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"num_fewshot={num_fewshot}: must be at least 0")
     if output is not None:
         _make_folder(output)  # first: hours later would be late for what the disk refuses
-    manager, names = _find_tasks(tasks, include)
+    known, names = find_tasks(tasks, include)
     model = load_model(checkpoint, step=step, dtype="stored")
     if dtype is not None:
         model = dataclasses.replace(model, cfg=model.cfg.model_copy(update={"dtype": dtype}))
-    settings = {"tasks": names, "task_manager": manager, "limit": limit, "num_fewshot": num_fewshot}
-    results, evaluation = _run(model, batch_size, **settings)
+    if model.tokenizer is None:
+        raise UserError(f"checkpoint {checkpoint}: has no tokenizer, and tasks are text")
+    settings = {"limit": limit, "num_fewshot": num_fewshot}
+    rehearse(known, names, model.cfg, model.tokenizer, **settings)
+    from kimi_jax.generate.lm_eval_adapter import HarnessModel
+
+    answering = HarnessModel(model, batch_size=batch_size)
+    results = run_tasks(answering, known, names, **settings)
+    evaluation = Evaluation(tuple(read_figures(results)), answering.num_requested, answering.num_run)
     if output is not None:
         kept = {key: results[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in results}
         tokens = {"requested": evaluation.num_requested, "run": evaluation.num_run}
         write_json(output / RESULTS, {"checkpoint": str(checkpoint), "tokens": tokens, **kept})
     return evaluation
+
+
+def check_harness() -> None:
+    """Raises `UserError` where lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("evaluate: lm_eval is not installed; pip install 'kimi_jax[eval]'")
 
 
 def _make_folder(output: Path) -> None:
@@ -92,36 +109,49 @@ def _make_folder(output: Path) -> None:
         raise UserError(f"output {output}: may not be written")
 
 
-def _find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[Any, list[str]]:
-    """Returns the harness's index of tasks, and the names in it that are meant: `mmlu_*` means several."""
-    from lm_eval.tasks import TaskManager
+def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple["Tasks", list[str]]:
+    """Returns the harness's index of tasks, and the names in it that are meant: `mmlu_*` means several.
+
+    Raises:
+      UserError: a task that it does not have, or `include` is no directory.
+    """
+    from kimi_jax.generate.lm_eval_adapter import Tasks
 
     if include is not None and not include.is_dir():
         raise UserError(f"include {include}: is no directory")
-    manager = TaskManager(include_path=include and str(include))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    known = Tasks(include)
+    unknown = [task for task in tasks if not known.match_tasks([task])]
     if unknown:
         raise UserError([f"task {task!r}: lm_eval has none of this name; see `lm_eval ls tasks`" for task in unknown])
-    return manager, manager.match_tasks(list(tasks))
+    return known, known.match_tasks(list(tasks))
 
 
-def _run(model: SavedModel, batch_size: int, **settings: Any) -> tuple[dict[str, Any], Evaluation]:
+def rehearse(known: "Tasks", names: list[str], cfg: ModelConfig, tokenizer: Tokenizer, **settings: Any) -> None:
+    """Reads the documents, makes all requests and runs none; arguments as in `run_tasks`.
+
+    Raises:
+      UserError: the documents of a task cannot be had, or it asks for what cannot be done here.
+    """
+    from kimi_jax.generate.lm_eval_adapter import Rehearsal
+
+    try:
+        run_tasks(Rehearsal(cfg, tokenizer), known, names, bootstrap_iters=0, **settings)
+    except UserError:
+        raise
+    except (OSError, ImportError, ValueError) as error:  # no file or network; a package that a task needs; its settings
+        raise UserError(f"tasks {', '.join(names)}: {' '.join(str(error).split())}") from error
+
+
+def run_tasks(answering: "Requests", known: "Tasks", names: list[str], **settings: Any) -> dict[str, Any]:
+    """Lets the harness ask, and returns its results; `known` and `names` as `find_tasks` returns them."""
     import lm_eval
 
-    from kimi_jax.generate.lm_eval_adapter import HarnessModel
-
-    answering = HarnessModel(model, batch_size=batch_size)
-    try:
-        results = lm_eval.simple_evaluate(answering, log_samples=False, **settings)
-    except OSError as error:  # the documents of a task: no such file, or no network
-        raise UserError(f"tasks {', '.join(settings['tasks'])}: {' '.join(str(error).split())}") from error
-    figures = tuple(_read_figures(results["results"]))
-    return results, Evaluation(figures, answering.num_requested, answering.num_run)
+    return lm_eval.simple_evaluate(answering, tasks=names, task_manager=known, log_samples=False, **settings)
 
 
-def _read_figures(results: dict[str, dict[str, Any]]) -> Iterator[Figure]:
+def read_figures(results: dict[str, Any]) -> Iterator[Figure]:
     """Yields the numbers of the harness's table: "acc,none" beside "acc_stderr,none"."""
-    for task, entries in results.items():
+    for task, entries in results["results"].items():
         for key, value in entries.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,14 +47,16 @@ class Forward:
     Args:
       model: parameters and config.
       dtype: compute dtype instead of the config's; float32 multiplies in full precision on every device.
+      arrived: called with each piece of tokens: a long scoring is no silence.
 
     Attributes:
       num_tokens: how many tokens, padding not counted, went through the model so far.
     """
 
-    def __init__(self, model: SavedModel, *, dtype: str | None = None):
+    def __init__(self, model: SavedModel, *, dtype: str | None = None, arrived: Callable[[], None] = lambda: None):
         self.cfg = model.cfg.model_copy(update={"dtype": dtype or model.cfg.dtype})
         self.num_tokens = 0
+        self._arrived = arrived
         self._model = (abstract(self.cfg)[0], cast_matrices(model.params, self.cfg.dtype), model.buffers)
 
     def start(self, batch: int, slots: int) -> Context:
@@ -79,6 +81,7 @@ class Forward:
           (context behind the piece, final hidden states).
         """
         self.num_tokens += int(segment_ids_BT.sum())
+        self._arrived()
         with self._precision():
             return _advance(*self._model, context, tokens_BT, segment_ids_BT)
 

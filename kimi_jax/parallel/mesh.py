@@ -8,6 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from kimi_jax.config import mesh as config
+from kimi_jax.config.evaluation import LossEvaluation
 from kimi_jax.config.mixer import MlaMixer
 from kimi_jax.config.model import ModelConfig, MoeFfn
 from kimi_jax.config.train import RunConfig
@@ -84,7 +85,7 @@ def _batch_problems(mesh: Mesh | AbstractMesh, cfg: RunConfig) -> Iterator[str]:
 
 def _evaluation_problems(mesh: Mesh | AbstractMesh, cfg: RunConfig) -> Iterator[str]:
     parts, chunks = math.prod(mesh.shape[axis] for axis in BATCH_AXES), mesh.shape["context"] * CHUNK
-    for name, evaluation in cfg.train.evaluations.items():
+    for name, evaluation in cfg.train.evaluations_of(LossEvaluation).items():
         rows = evaluation.batch_size or cfg.train.batch_size
         seq_len = evaluation.seq_len or (evaluation.data or cfg.data).seq_len
         if rows % parts:

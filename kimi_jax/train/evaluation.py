@@ -1,4 +1,4 @@
-"""What is measured on data that training does not see: loss, accuracy, and the loss by position in a document."""
+"""What is measured on data that training does not see: loss, accuracy, the loss by position, benchmarks."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +12,27 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config.data import DataConfig
-from kimi_jax.config.evaluation import Evaluation
+from kimi_jax.config.evaluation import Evaluation, LmEval, LossEvaluation
 from kimi_jax.config.load import validate
+from kimi_jax.config.model import ModelConfig
 from kimi_jax.config.train import RunConfig
-from kimi_jax.data.pipeline import Batch, Dataset, build_dataset
+from kimi_jax.data.pipeline import Batch, Dataset, build_dataset, tokenizer_of
+from kimi_jax.data.tokenizers import Tokenizer
+from kimi_jax.errors import UserError
 from kimi_jax.models import decoder
 from kimi_jax.train.loss import token_cross_entropy
 from kimi_jax.train.state import Recipe
 from kimi_jax.train.step import build_eval_step
+from kimi_jax.types import Variables
 
 type Sums = Mapping[str, Any]
 """Of a batch, over its scored tokens: loss_nats, tokens, correct, bytes; by position loss_nats_at and tokens_at."""
+
+type Benchmark = Callable[[Variables, Variables, Callable[[], None]], Mapping[str, float]]
+"""(params, buffers, a sign of life) -> its figures by name; the model may be cut over devices in any way."""
+
+type OpenBenchmark = Callable[[LmEval, ModelConfig, Tokenizer], Benchmark]
+"""Finds the tasks and reads their documents; raises `UserError` for what cannot be run."""
 
 VALIDATION = "validation"
 FIRST_POSITIONS = 64  # tokens of the first bin of positions; each later one begins where its size is
@@ -104,17 +114,18 @@ def sums_by_position(
     return {"loss_nats_at": nats, "tokens_at": jnp.sum(chosen_BTN, axis=(0, 1), dtype=jnp.int32)}
 
 
+def is_due(cfg: Evaluation, validation: int, *, last: bool) -> bool:
+    """Whether an evaluation belongs to the validation of that number, counted from 1."""
+    return last or validation % cfg.every == 0
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One thing that is measured, its data opened."""
 
     name: str
-    cfg: Evaluation
+    cfg: LossEvaluation
     data: Dataset
-
-    def is_due(self, validation: int, *, last: bool) -> bool:
-        """Whether it belongs to the validation of that number, counted from 1."""
-        return last or validation % self.cfg.every == 0
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -131,9 +142,9 @@ def open_measurements(cfg: RunConfig, data: Dataset) -> list[Measurement]:
     Raises:
       UserError: the data is missing, or has tokens that the model does not know.
     """
-    found = [Measurement(VALIDATION, Evaluation(batches=cfg.train.validation.batches), data)]
+    found = [Measurement(VALIDATION, LossEvaluation(batches=cfg.train.validation.batches), data)]
     share = {"process_index": data.process_index, "process_count": data.process_count}
-    for name, evaluation in cfg.train.evaluations.items():
+    for name, evaluation in cfg.train.evaluations_of(LossEvaluation).items():
         rows = evaluation.batch_size or cfg.train.batch_size
         source = _source(cfg, name, evaluation)
         own = source == cfg.data and rows == cfg.train.batch_size
@@ -143,11 +154,34 @@ def open_measurements(cfg: RunConfig, data: Dataset) -> list[Measurement]:
     return found
 
 
-def _source(cfg: RunConfig, name: str, evaluation: Evaluation) -> DataConfig:
+def _source(cfg: RunConfig, name: str, evaluation: LossEvaluation) -> DataConfig:
     source = evaluation.data or cfg.data
     if evaluation.seq_len is None:
         return source
     return validate(source.model_dump() | {"seq_len": evaluation.seq_len}, type(source), source=f"evaluation {name}")
+
+
+def open_benchmarks(cfg: RunConfig, data: Dataset, open_benchmark: OpenBenchmark | None) -> dict[str, Benchmark]:
+    """Opens the benchmarks among `train.evaluations`.
+
+    Args:
+      cfg: the run.
+      data: that of the run.
+      open_benchmark: `kimi_jax.generate.benchmark.Benchmark`, which this part of the project may not import; None where
+        benchmarks are not run.
+
+    Raises:
+      UserError: they cannot be run: here, on these data, or at all.
+    """
+    asked = cfg.train.evaluations_of(LmEval)
+    tokenizer = tokenizer_of(data) if asked else None
+    for name in asked:
+        where = f"train.evaluations.{name}: kind lm_eval"
+        if open_benchmark is None:
+            raise UserError(f"{where} is for runs of scripts/train.py; unset it, or pass `open_benchmark`")
+        if tokenizer is None:
+            raise UserError(f"{where} needs text, and data.kind={cfg.data.kind} has no tokenizer")
+    return {name: open_benchmark(evaluation, cfg.model, tokenizer) for name, evaluation in asked.items()}
 
 
 class Evaluator:
@@ -179,7 +213,7 @@ class Evaluator:
                 for batch in m.batches
             ]
             for m in self.measurements
-            if m.is_due(validation, last=last)
+            if is_due(m.cfg, validation, last=last)
         }
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,16 @@ from kimi_jax.parallel.rules import batch_sharding, sharding_table
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.devices import model_flops_utilization
 from kimi_jax.train.display import Display, Silence
-from kimi_jax.train.evaluation import Evaluator, fetch, mean_metrics, open_measurements
+from kimi_jax.train.evaluation import (
+    Benchmark,
+    Evaluator,
+    OpenBenchmark,
+    fetch,
+    is_due,
+    mean_metrics,
+    open_benchmarks,
+    open_measurements,
+)
 from kimi_jax.train.initial import load_initial
 from kimi_jax.train.metrics import Sink, open_sinks, read_metrics
 from kimi_jax.train.optimizer import assignment_table
@@ -58,13 +67,16 @@ class Result:
     """Seconds of compilation of the training step; None if the run was finished before."""
 
 
-def train(cfg: RunConfig, run_dir: str | Path, resume: Resume = "auto") -> Result:
+def train(
+    cfg: RunConfig, run_dir: str | Path, resume: Resume = "auto", *, open_benchmark: OpenBenchmark | None = None
+) -> Result:
     """Trains until `cfg.train.steps`, from the newest checkpoint in the run directory if there is one.
 
     Args:
       cfg: the run.
       run_dir: made if need be.
       resume: "auto" goes on if there is a checkpoint, "must" insists on one, "never" refuses a directory with a run.
+      open_benchmark: what runs evaluations of kind lm_eval: `kimi_jax.generate.benchmark.Benchmark`.
 
     Returns:
       Where it ended: all steps done, or stopped by a signal after writing a checkpoint.
@@ -86,9 +98,10 @@ def train(cfg: RunConfig, run_dir: str | Path, resume: Resume = "auto") -> Resul
         stack.enter_context(jax.set_mesh(mesh))
         share = share_of_batch(batch_sharding(mesh), (cfg.train.batch_size, cfg.data.seq_len))
         data = _open_data(cfg, share)
+        benchmarks = open_benchmarks(cfg, data, open_benchmark)
         display = stack.enter_context(Display(paths.log, steps=cfg.train.steps) if is_main() else Silence())
         watchdog = stack.enter_context(Watchdog(cfg.train.watchdog, paths.path, jax.process_index()))
-        loop = _Loop(recipe, mesh, data, store, paths, display, watchdog)
+        loop = _Loop(recipe, mesh, data, benchmarks, store, paths, display, watchdog)
         stack.callback(loop.iterator.close)
         loop.set_state(step)  # a checkpoint that cannot be used is found before anything is written
         if is_main():
@@ -122,6 +135,7 @@ class _Loop:
         recipe: Recipe,
         mesh: Mesh,
         data: Dataset,
+        benchmarks: Mapping[str, Benchmark],
         store: CheckpointStore,
         paths: RunDir,
         display: Display | Silence,
@@ -133,7 +147,7 @@ class _Loop:
         self.paths, self.display, self.watchdog = paths, display, watchdog
         self.sinks: Sequence[Sink] = ()
         self.iterator = data.train_iterator()
-        self.measurements = open_measurements(recipe.cfg, data)
+        self.measurements, self.benchmarks = open_measurements(recipe.cfg, data), benchmarks
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.vote = StopVote(mesh) if jax.process_count() > 1 else None
         self.stopped_by: signal.Signals | None = None
@@ -271,8 +285,12 @@ class _Loop:
     def _validate(self, step: int) -> dict[str, float]:
         with self.meter.paused():
             last, number = step == self.cfg.steps, step // self.cfg.validation.every
-            sums = self.evaluator.start(self.state["params"], self.state["buffers"], number, last=last)
-            return mean_metrics(fetch(sums, lambda: self.watchdog.feed(step)))
+            model, arrived = (self.state["params"], self.state["buffers"]), lambda: self.watchdog.feed(step)
+            metrics = mean_metrics(fetch(self.evaluator.start(*model, number, last=last), arrived))
+            for name, benchmark in self.benchmarks.items():
+                if is_due(self.cfg.evaluations[name], number, last=last):
+                    metrics |= {f"{name}_{key}": value for key, value in benchmark(*model, arrived).items()}
+            return metrics
 
     def _checkpoint(self) -> None:
         """Starts a checkpoint of the current step, all of whose metrics are known to be finite or skipped."""

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 from rich.console import Console
 
+from kimi_jax.config.evaluation import LmEval
 from kimi_jax.config.sweep import Until
 from kimi_jax.config.train import RunConfig
 from kimi_jax.data.pipeline import Batch
@@ -95,6 +96,8 @@ def _check_alike(configs: Sequence[RunConfig]) -> None:
                 raise UserError(f"runs trained together: {key} is {one} in one and {other} in another; {rule}")
     if first.train.init_from is not None:
         raise UserError(f"runs trained together: train.init_from={first.train.init_from} is not supported")
+    if asked := first.train.evaluations_of(LmEval):
+        raise UserError(f"runs trained together: train.evaluations.{next(iter(asked))}.kind=lm_eval is not supported")
     if jax.device_count() > 1:
         raise UserError(f"runs trained together: they need one device, this process sees {jax.device_count()}")
     mesh_shape(first.mesh, 1)

@@ -77,9 +77,11 @@ def test_further_evaluations_and_positions_are_shown(tmp_path):
     def value(run, fraction):
         worse = run.arm == "rope"
         positions = {f"long_loss_nats_from_{start}": 3.0 + worse - 0.1 * i for i, start in enumerate((0, 64, 128))}
-        return {"long_loss_nats": 3.0 + worse, "recall_accuracy": 0.5 - 0.25 * worse, **positions}
+        bench = {"bench_arc_easy_acc": 0.25 + worse / 4}
+        return {"long_loss_nats": 3.0 + worse, "recall_accuracy": 0.5 - 0.25 * worse, **positions, **bench}
 
     evaluations = {"long": {"by_position": True}, "recall": {"data": {"kind": "mqar", "seq_len": 64}}}
+    evaluations["bench"] = {"kind": "lm_eval", "tasks": ["arc_easy"]}
     arms = {"nope": {}, "rope": {"model.mixers.mla.position": {"kind": "rope"}}}
     arms = {name: {**keys, "train.evaluations": evaluations} for name, keys in arms.items()}
     runs_dir = make_runs(tmp_path, value, runs=arms, seeds=[0, 1])
@@ -88,6 +90,7 @@ def test_further_evaluations_and_positions_are_shown(tmp_path):
     groups = {row["group"]: row for row in read_csv(runs_dir / "report" / "groups.csv")}
     assert groups["rope"]["long_loss_nats"] == "4.0000 ± 0.0000"
     assert groups["nope"]["recall_accuracy"] == "0.5000 ± 0.0000"
+    assert groups["rope"]["bench_arc_easy_acc"] == "0.5000 ± 0.0000"
     states = [row["state"] for row in read_csv(runs_dir / "report" / "runs.csv")]
     assert sorted(states) == ["ended early at 20", "finished", "finished", "finished"]
     figures = {path.name for path in written if path.suffix == ".png"}

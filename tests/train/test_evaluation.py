@@ -4,15 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.config.evaluation import Evaluation
+from kimi_jax.config.data import MqarData
+from kimi_jax.config.evaluation import LmEval, LossEvaluation
 from kimi_jax.config.train import Train
 from kimi_jax.data.pipeline import build_dataset
 from kimi_jax.errors import UserError
 from kimi_jax.train.evaluation import (
-    Measurement,
     fetch,
     first_position,
+    is_due,
     mean_metrics,
+    open_benchmarks,
     open_measurements,
     sums_by_position,
 )
@@ -57,8 +59,8 @@ def test_each_batch_of_a_validation_is_a_sign_of_life():
 
 
 def test_an_evaluation_comes_with_every_so_many_validations_and_at_the_end():
-    due = Measurement("m", Evaluation(every=3), data=None).is_due
-    assert [n for n in range(1, 8) if due(n, last=False)] == [3, 6] and due(7, last=True)
+    for cfg in (LossEvaluation(every=3), LmEval(tasks=["any"], every=3)):
+        assert [n for n in range(1, 8) if is_due(cfg, n, last=False)] == [3, 6] and is_due(cfg, 7, last=True)
 
 
 def test_data_that_a_model_cannot_read_is_refused(small, changed):
@@ -77,3 +79,19 @@ def test_data_that_a_model_cannot_read_is_refused(small, changed):
         Train(steps=1, batch_size=1, evaluations={"validation": {}})
     with pytest.raises(ValueError, match=r"'a/b' must be of letters, digits, - and _"):
         Train(steps=1, batch_size=1, evaluations={"a/b": {}})
+
+
+def test_a_benchmark_needs_text_and_something_that_runs_it(small, changed):
+    ask = {"train": {"evaluations": {"bench": {"kind": "lm_eval", "tasks": ["some"]}, "more": {"batches": 1}}}}
+    cfg = changed(small, **ask)
+    data = build_dataset(cfg.data, batch_size=cfg.train.batch_size)
+    with pytest.raises(UserError, match=r"train.evaluations.bench: kind lm_eval is for runs of scripts/train.py"):
+        open_benchmarks(cfg, data, None)
+    opened = open_benchmarks(cfg, data, lambda asked, model, tokenizer: (asked.tasks, model, tokenizer.kind))
+    assert opened == {"bench": (("some",), cfg.model, "bytes")}
+    assert [m.name for m in open_measurements(cfg, data)] == ["validation", "more"]
+    task = cfg.model_copy(update={"data": MqarData(seq_len=64)})
+    with pytest.raises(UserError, match=r"bench: kind lm_eval needs text, and data.kind=mqar has no tokenizer"):
+        open_benchmarks(task, build_dataset(task.data, batch_size=8), lambda *_: None)
+    with pytest.raises(ValueError, match="tasks: names none"):
+        LmEval(tasks=[])
