@@ -58,7 +58,7 @@ class ModelConfig(Config):
     pattern: Annotated[tuple[str, ...], Field(min_length=1)]
     """Mixer names, repeated; [kda, kda, kda, mla] is the paper's 3:1."""
     tail: tuple[str, ...] = ()
-    """Mixers of the last, short group: exactly num_layers mod len(pattern) names."""
+    """Mixers of the last layers, behind whole patterns: a short group of 3:1, or the one MLA layer of 15:1."""
     mixers: dict[str, Mixer]
     """The mixers that `pattern` and `tail` name."""
     ffn: Ffn
@@ -77,7 +77,7 @@ class ModelConfig(Config):
     @property
     def mixer_names(self) -> tuple[str, ...]:
         """The mixer name of each layer, 0-indexed."""
-        return self.pattern * (self.num_layers // len(self.pattern)) + self.tail
+        return self.pattern * ((self.num_layers - len(self.tail)) // len(self.pattern)) + self.tail
 
     def ffn_of_layer(self, layer: int) -> DenseFfn | MoeFfn:
         return DenseFfn(hidden_dim=self.dense_hidden_dim) if layer < self.first_k_dense else self.ffn
@@ -87,10 +87,10 @@ class ModelConfig(Config):
             for name in getattr(self, field):
                 if name not in self.mixers:
                     yield field, f"{name!r} names no mixer; {nearest(name, self.mixers)}"
-        short = self.num_layers % len(self.pattern)
-        if len(self.tail) != short:
-            rule = f"names {len(self.tail)} mixers, but num_layers={self.num_layers} leaves a last group of {short}"
-            yield "tail", f"{rule} after whole patterns of {len(self.pattern)}"
+        before = self.num_layers - len(self.tail)
+        if before < 0 or before % len(self.pattern):
+            what = f"names {len(self.tail)} mixers: num_layers={self.num_layers} leaves {before} layers before them"
+            yield "tail", f"{what}, must be whole patterns of {len(self.pattern)}"
         if self.first_k_dense > self.num_layers:
             yield "first_k_dense", f"{self.first_k_dense} is larger than num_layers={self.num_layers}"
         if self.first_k_dense and not self.dense_hidden_dim:

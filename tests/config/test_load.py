@@ -77,7 +77,7 @@ ONE_MISTAKE = {
     "pattern_names_no_mixer": ("model.pattern=[kda, kda, kda, mlaa]", "model.pattern: 'mlaa' names no mixer; did you"),
     "tail_of_wrong_length": (
         "model.num_layers=8",
-        "model.tail: names 3 mixers, but num_layers=8 leaves a last group of 0",
+        "model.tail: names 3 mixers: num_layers=8 leaves 5 layers before them, must be whole patterns of 4",
     ),
     "top_k_too_large": ("model.ffn.top_k=5", "model.ffn.top_k: 5 is larger than num_experts=4"),
     "no_dense_width": ("model.dense_hidden_dim=null", "model.dense_hidden_dim: is not set, but first_k_dense=1"),

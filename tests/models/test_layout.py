@@ -23,6 +23,8 @@ CASES = {
     "dense_first": (make(12, HYBRID, 1), Layout(1, 4, 2, 3)),
     "too_short_to_scan": (make(8, HYBRID, 1), Layout(8, 0, 0, 0)),
     "one_group": (make(4, HYBRID), Layout(4, 0, 0, 0)),
+    "long_group": (make(16, ("kda",) * 15 + ("mla",)), Layout(16, 0, 0, 0)),
+    "long_group_as_tail": (make(16, PURE, tail=("mla",)), Layout(0, 1, 15, 1)),
     "pure": (make(6, PURE, 2), Layout(2, 1, 4, 0)),
     "all_dense": (make(6, PURE, 2, ffn=DenseFfn(hidden_dim=8)), Layout(0, 1, 6, 0)),
     "all_layers_dense_first": (make(3, PURE, 3), Layout(0, 1, 3, 0)),
