@@ -8,12 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import MULTIPROCESSORS
-from pallas_kernels.kda.chain_mosaic_gpu_vjp import reverse_chain
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, log_decay_of_rows
-from pallas_kernels.kda.mirror_vjp import LN2, Gradients, cotangent_scale
+from pallas_kernels.kda.mirror_vjp import LN2, Gradients
 from pallas_kernels.kda.prepare_mosaic_gpu import (
     FINE,
     FORGET,
@@ -29,6 +27,7 @@ from pallas_kernels.kda.prepare_mosaic_gpu import (
     tile,
 )
 from pallas_kernels.kda.reference import L2_EPS
+from pallas_kernels.kda.segments_mosaic_gpu import recur_back
 from pallas_kernels.kda.warp_mosaic_gpu_vjp import (
     PART,
     add_column_sums,
@@ -499,20 +498,27 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
     return dq, dk, dv, draw, dbeta, rate, bias.reshape(heads, NT, num_wgs, 4, SLAB)
 
 
-def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, scale, normalize_qk) -> Gradients:
+def backward(
+    q, k, g, beta, code, gate: Gate, prepared, h, r, applied, do, dfinal, size, *, scale, normalize_qk, leave=None
+) -> Gradients:
     """Gradients of `chunk_kda` from what its forward kept.
 
     Args:
       q, k, g, beta, code, gate: as in `prepare_mosaic_gpu.prepare`, which returned `prepared`.
       h, r: what the forward recurrence kept: the states entering the chunks, and V - Kg S.
+      applied, leave: see `segments_mosaic_gpu.recur_back`; `leave` takes and returns what is times `size`.
       do: cotangent of o, bfloat16 or float16, anything at padding; dfinal: of the final state, float32.
+      size: power of two per row and head, [B, HV] float32, by which cotangents are multiplied inside.
 
     The gradient of a float32 g is rounded to bfloat16.
     """
     B, T, H, K = q.shape
     HV = g.shape[2]
     NT = T // C
-    weight, ds, p, dinitial = _chain(beta, code, prepared, do, dfinal)
+    weight, of_state = _token_weights(beta, code, size), size[:, :, None, None]
+    last = (dfinal * of_state).reshape(B * HV, -1, K)
+    ds, p, dinitial = recur_back(prepared, beta, weight[:, :, DO_SCALE], do, last, applied, leave=leave)
+    dinitial = dinitial.reshape(dfinal.shape) / of_state
     fused = gate is not None and g.dtype != f32
     raw = g if fused else _base2(g if gate is None else log_decay_of_rows(gate, g))
     kind = _GateKind(fused, gate.bound if isinstance(gate, LowerBoundGate) else None)
@@ -533,21 +539,6 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
     if getattr(gate, "a_log", None) is None:
         da_log = None
     return Gradients(of_head(dq), of_head(dk), dv, dg.astype(g.dtype), dbeta, da_log, ddt_bias, dinitial)
-
-
-def entering_gradient(beta, code, prepared, do, dfinal) -> Float[Array, "B HV V K"]:
-    """The gradient of the initial state alone; arguments as in `backward`."""
-    return _chain(beta, code, prepared, do, dfinal)[-1]
-
-
-def _chain(beta, code, prepared, do, dfinal):
-    """(weights of the tokens, scaled gradients of the states leaving the chunks, P, gradient of the initial state)."""
-    B, T = do.shape[:2]
-    size = cotangent_scale(do, dfinal, None if code is None else (code == PADDING).reshape(B, T))
-    weight = _token_weights(beta, code, size)
-    last = (dfinal * size[:, :, None, None]).reshape(len(beta), *dfinal.shape[2:])
-    ds, p, dinitial = reverse_chain(prepared, beta, weight[:, :, DO_SCALE], do, last)
-    return weight, ds, p, dinitial.reshape(dfinal.shape) / size[:, :, None, None]
 
 
 def _token_weights(beta, code, size):

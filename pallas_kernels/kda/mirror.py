@@ -152,4 +152,4 @@ def _advance(first, *chunks):
     return state, tuple(jnp.moveaxis(x, 0, 1) for x in results)
 
 
-recur = functools.partial(segments_mosaic_gpu.recur, split=1, run=run_segments, find_maps=segment_maps)
+recur = functools.partial(segments_mosaic_gpu.recur, run=run_segments, find_maps=segment_maps)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
 from pallas_kernels.kda.prepare_mosaic_gpu import FINE, FORGET, LEVELS, LOG2E, PADDING, RESET, C
 from pallas_kernels.kda.reference import L2_EPS
+from pallas_kernels.kda.segments_mosaic_gpu import recur_back
 
 LN2 = 0.6931471805599453
 f16, f32, bf16 = jnp.float16, jnp.float32, jnp.bfloat16
@@ -38,44 +39,31 @@ def _round(x, dtype=f16):
     return lax.optimization_barrier(x.astype(dtype)).astype(f32)
 
 
-def cotangent_scale(
-    do: Float[Array, "B T HV V"], dfinal: Float[Array, "B HV V K"], padding: Int[Array, "B T"] | None
-) -> Float[Array, "B HV"]:
-    """The power of two per row and head that brings the largest cotangent into [0.5, 1), so that float16 holds them."""
-    size = jnp.abs(do.astype(f32))
-    if padding is not None:
-        size = jnp.where(padding[..., None, None], 0.0, size)
-    final = jnp.abs(lax.optimization_barrier(dfinal))  # mostly zeros that XLA would fold for seconds
-    largest = jnp.maximum(jnp.max(size, axis=(1, 3)), jnp.max(final, axis=(2, 3)))
-    _, exponent = jnp.frexp(largest)
-    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -100, 100))
-
-
-def reverse(kg, kr, qg, t, aqk, gamma, beta, do, dfinal):
-    """The chain from the last chunk to the first: gradients of the states.
-
-    Args:
-      kg, kr, qg [B,HV,NT,C,K], t, aqk [B,HV,NT,C,C]: float16, from the preparation; gamma [B,HV,NT,K], beta
-        [B,HV,NT,C]: float32.
-      do: scaled cotangent of o, zero at padding, [B,HV,NT,C,V] float16; dfinal: scaled, [B,HV,V,K] float32.
-
-    Returns:
-      ds: gradient of the state leaving each chunk, [B,HV,NT,V,K] float16; p: T^T dVn, [B,HV,NT,C,V] float16;
-      gradient of the initial state, [B,HV,V,K] float32; all in the scale of the cotangents.
-    """
+def reverse_chain(prepared, beta, do_scale, do, leaving, *, segments: int | None = None, keep: bool = True):
+    """See `chain_mosaic_gpu_vjp.reverse_chain`."""
+    (BH, N), (found, V, K) = beta.shape[:2], leaving.shape[1:]
+    first = N - N // (segments or found) * found
 
     def chunk(ds, x):
         kg, kr, qg, t, aqk, gamma, beta, do = (y.astype(f32) for y in x)
         ds16 = _round(ds)
-        dvn = _einsum("bhiv,bhij->bhvj", do, aqk) + _einsum("bhvk,bhjk->bhvj", ds16, kr)
-        p = _einsum("bhvi,bhij->bhvj", _round(dvn), t)
-        dv = _round(-p * beta[:, :, None, :])
-        before = ds * gamma[:, :, None, :] + _einsum("bhiv,bhik->bhvk", do, qg) + _einsum("bhvj,bhjk->bhvk", dv, kg)
+        dvn = _einsum("ziv,zij->zvj", do, aqk) + _einsum("zvk,zjk->zvj", ds16, kr)
+        p = _einsum("zvi,zij->zvj", _round(dvn), t)
+        dv = _round(-p * beta[:, None])
+        before = ds * gamma[:, None] + _einsum("ziv,zik->zvk", do, qg) + _einsum("zvj,zjk->zvk", dv, kg)
         return before, (ds16.astype(f16), p.astype(f16))
 
-    xs = tuple(jnp.moveaxis(x, 2, 0) for x in (kg, kr, qg, t, aqk, gamma, beta, do))
-    dinitial, (ds, p) = lax.scan(chunk, dfinal, xs, reverse=True)
-    return jnp.moveaxis(ds, 0, 2), jnp.swapaxes(jnp.moveaxis(p, 0, 2), -1, -2), dinitial
+    cut = lambda x: x[:, first:].reshape(BH * found, -1, *x.shape[2:])
+    xs = tuple(jnp.moveaxis(cut(x), 1, 0) for x in (*prepared, beta, _scaled(do, do_scale)))
+    entering, chunks = lax.scan(chunk, leaving.reshape(BH * found, V, K), xs, reverse=True)
+    ds, p = (jnp.moveaxis(x, 0, 1).reshape(BH, -1, *x.shape[2:]) for x in chunks)
+    return entering.reshape(leaving.shape), (ds, jnp.swapaxes(p, -1, -2)) if keep else None
+
+
+def _scaled(do, do_scale):
+    """The cotangent of o by chunk, [BH,N,C,V] float16, times a factor per token; 0 where the factor is."""
+    do = _by_chunk(do, do.shape[2]).reshape(*do_scale.shape, -1).astype(f32)
+    return jnp.where(do_scale[..., None] > 0, do * do_scale[..., None], 0).astype(f16)
 
 
 def level_masks() -> np.ndarray:
@@ -150,7 +138,7 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
     Args:
       q, k, raw: inputs by chunk, [B,HV,NT,C,K]; beta [B,HV,NT,C]; code [B,1,NT,C]: 0 token, 1 start, 2 padding.
       t, gamma: from the preparation; h, r: state entering the chunk and V - Kg S, from the forward recurrence.
-      ds, p, do: as in `reverse`; unscale: reciprocal of the cotangents' scale, [B,HV,1,1,1].
+      ds, p: of `reverse_chain`; do: of `_scaled`; unscale: reciprocal of the cotangents' scale, [B,HV,1,1,1].
 
     Returns:
       dq, dk, dv, draw [B,HV,NT,C,K or V], dbeta [B,HV,NT,C], da_log [B,HV], ddt_bias [B,HV,K] (None
@@ -203,14 +191,20 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
     return dq, dk, dv, draw, dbeta * unscale[..., 0], *sums
 
 
-def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, scale, normalize_qk) -> Gradients:
+def backward(
+    q, k, g, beta, code, gate: Gate, prepared, h, r, applied, do, dfinal, size, *, scale, normalize_qk, leave=None
+) -> Gradients:
     """See `chunk_mosaic_gpu_vjp.backward`."""
     B, T, H, K = q.shape
     HV = g.shape[2]
     code = jnp.zeros((B, T // C, C), jnp.int32) if code is None else code
-    size, cotangent, ds, p, dinitial = _chain(beta, code, prepared, do, dfinal)
-    by_chunk = partial(_by_chunk, heads=HV)
-    beta, h, r, *prepared = (x.reshape(B, HV, *x.shape[1:]) for x in (beta, h, r, *prepared))
+    do_scale = jnp.where(code[:, None] == PADDING, 0.0, size[:, :, None, None]).reshape(beta.shape)
+    of_state = size[:, :, None, None]
+    last = (dfinal * of_state).reshape(B * HV, -1, K)
+    ds, p, dinitial = recur_back(prepared, beta, do_scale, do, last, applied, run=reverse_chain, leave=leave)
+    dinitial = dinitial.reshape(dfinal.shape) / of_state
+    by_chunk, by_row = partial(_by_chunk, heads=HV), lambda x: x.reshape(B, HV, *x.shape[1:])
+    beta, h, r, ds, p, cotangent, *prepared = map(by_row, (beta, h, r, ds, p, _scaled(do, do_scale), *prepared))
 
     def by_token(x):
         return jnp.moveaxis(x.reshape(B, HV, T, *x.shape[4:]), 1, 2)
@@ -230,24 +224,6 @@ def backward(q, k, g, beta, code, gate: Gate, prepared, h, r, do, dfinal, *, sca
         *(of_head(dq), of_head(dk), by_token(dv).astype(do.dtype), by_token(dg).astype(g.dtype)),
         *(dbeta.reshape(B * HV, T // C, C), da_log, ddt_bias, dinitial),
     )
-
-
-def entering_gradient(beta, code, prepared, do, dfinal):
-    """See `chunk_mosaic_gpu_vjp.entering_gradient`."""
-    B, T = do.shape[:2]
-    code = jnp.zeros((B, T // C, C), jnp.int32) if code is None else code
-    return _chain(beta, code, prepared, do, dfinal)[-1]
-
-
-def _chain(beta, code, prepared, do, dfinal):
-    """(scale, scaled cotangent by chunk, ds and p of `reverse`, gradient of the initial state)."""
-    B, T, HV = do.shape[:3]
-    size = cotangent_scale(do, dfinal, (code == PADDING).reshape(B, T))
-    beta, *prepared = (x.reshape(B, HV, *x.shape[1:]) for x in (beta, *prepared))
-    cotangent = _by_chunk(do, HV).astype(f32) * size[:, :, None, None, None]
-    cotangent = jnp.where((code[:, None] != PADDING)[..., None], cotangent, 0).astype(f16)
-    ds, p, dinitial = reverse(*prepared, beta, cotangent, dfinal * size[:, :, None, None])
-    return size, cotangent, ds, p, dinitial / size[:, :, None, None]
 
 
 def _by_chunk(x, heads: int):

@@ -7,18 +7,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import relay
 from pallas_kernels.batching import by_rows
 from pallas_kernels.hopper import refuse_device
 from pallas_kernels.kda.chunk_mosaic_gpu import blocks_per_head
-from pallas_kernels.kda.chunk_mosaic_gpu_vjp import backward, entering_gradient
+from pallas_kernels.kda.chunk_mosaic_gpu_vjp import backward
 from pallas_kernels.kda.gates import Gate
 from pallas_kernels.kda.prepare_mosaic_gpu import PADDING, RESET, C, prepare
-from pallas_kernels.kda.segments_mosaic_gpu import recur
+from pallas_kernels.kda.segments_mosaic_gpu import count_segments, recur
 from pallas_kernels.segments import segment_starts
 
 WIDEST = 128  # key and value channels
@@ -34,8 +35,14 @@ class Options(NamedTuple):
     prepare: Callable = prepare
     recur: Callable = recur
     backward: Callable = backward
-    entering_gradient: Callable = entering_gradient
+    count_segments: Callable = count_segments
     axis: str | None = None  # over which time is cut, see `pallas_kernels.relay`
+
+    def count(self, rows: int, like: Float[Array, "_ T HV V"]) -> int:
+        """Segments of time for so many rows."""
+        _, T, HV, V = like.shape
+        blocks = rows * HV * blocks_per_head(V, rows * HV)
+        return self.count_segments(T // C, blocks, mapped=self.axis is not None)
 
 
 def refuse(q, k, v, g, beta, *, tile, **_) -> str | None:
@@ -113,7 +120,7 @@ def padded(options: Options, q, k, v, g, beta, gate: Gate, initial_state, segmen
         o, final = _core(options, *arrays)
         final = relay.of_last_device(final, options.axis) if options.axis else final
         return o[:, :T, :, :V], final[:, :, :V, :K]
-    o, final, (_, _, entering, _), _ = forward(options, *arrays, keep=True)
+    o, final, (_, _, entering, _, _) = forward(options, *arrays, keep=True)
     states = jnp.concatenate([_split_heads(entering, final).astype(final.dtype), final[:, :, None]], 2)
     states = jnp.moveaxis(states[:, :, every // C : T // C + 1 : every // C], 1, 2)
     return o[:, :T, :, :V], final[:, :, :V, :K], states[..., :V, :K]
@@ -147,14 +154,15 @@ def forward(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code,
     """Both kernels, on whole chunks and tiles; the gate has the rows of the batch first.
 
     Returns:
-      (o, final state [B, HV, V, K], residuals or None, M of this device's span or None): residuals are (prepared, beta
-      per chunk, entering states, R).
+      (o, final state [B, HV, V, K], residuals or None): residuals are (prepared, beta per chunk, entering states, R,
+      M of the segments or None).
     """
-    run = by_rows(functools.partial(_run_kernels, options, keep))
+    run = by_rows(functools.partial(_run_kernels, options, keep, options.count(len(v), v)))
     return run(q, k, v, g, beta, gate, initial_state, code, continued)
 
 
-def _run_kernels(options: Options, keep: bool, q, k, v, g, beta, gate: Gate, initial_state, code, continued):
+def _run_kernels(options: Options, keep: bool, room: int, q, k, v, g, beta, gate: Gate, initial_state, code, continued):
+    """`room`: segments of the rows without those that `jax.vmap` adds, which are fewer and have at least as many."""
     B, T, HV, V = v.shape
     steps = jnp.moveaxis(beta.astype(jnp.float32), 2, 1).reshape(B, HV, T // C, C)
     if code is not None:
@@ -164,39 +172,88 @@ def _run_kernels(options: Options, keep: bool, q, k, v, g, beta, gate: Gate, ini
     first = None if initial_state is None else initial_state.astype(jnp.float32).reshape(B * HV, V, -1)
     split = blocks_per_head(V, B * HV)
     enter = functools.partial(_enter, options.axis, continued, (B, HV)) if options.axis else None
-    o, final, kept, applied = options.recur(prepared, v, steps, code, first, keep=keep, split=split, enter=enter)
-    residuals = (prepared, steps, *kept) if keep else None
-    return o, final.reshape(B, HV, V, -1), residuals, applied
+    o, final, kept, applied = options.recur(
+        *(prepared, v, steps, code, first), keep=keep, split=split, segments=options.count(B, v), enter=enter
+    )
+    residuals = None
+    if keep:
+        residuals = prepared, steps, *kept, _fill(applied, room, final)
+    return o, final.reshape(B, HV, V, -1), residuals
+
+
+def _fill(applied, room: int, like: Float[Array, "BH V K"]) -> Float[Array, "BH S K K"] | None:
+    """M of up to `room` segments as an array of that many, so that residuals have one shape under `jax.vmap`."""
+    if applied is None:
+        return jnp.zeros((len(like), room, like.shape[2], like.shape[2]), jnp.float32) if room > 1 else None
+    return jnp.pad(applied, ((0, 0), (0, room - applied.shape[1]), (0, 0), (0, 0)))
 
 
 def _enter(axis: str, continued, heads: tuple[int, int], added, applied):
-    """(state from the devices before, M as the backward needs it), given the map of this device's span."""
+    """The state from the devices before, given the map of this device's span."""
     added, applied = (x.reshape(*heads, *x.shape[1:]) for x in (added, applied))
-    applied = relay.keep(continued, applied)
-    state = relay.keep(continued, relay.entering_state(added, applied, axis))
-    return state.reshape(-1, *state.shape[2:]), applied
+    state = relay.keep(continued, relay.entering_state(added, relay.keep(continued, applied), axis))
+    return state.reshape(-1, *state.shape[2:])
 
 
 def _core_forward(options: Options, *inputs):
-    o, final, *kept = forward(options, *inputs, keep=True)
+    o, final, kept = forward(options, *inputs, keep=True)
     o, kept = jax.tree.map(lambda x: checkpoint_name(x, "operators"), (o, kept))  # kept or recomputed by that name
-    return (o, final), (inputs, *kept)
+    return (o, final), (inputs, kept)
 
 
 def _core_backward(options: Options, residuals, cotangents):
-    inputs, (prepared, steps, states, errors), applied = residuals
+    inputs, kept = residuals
     q, k, _, g, beta, gate, initial_state, code, continued = inputs
-    d_o, d_final = cotangents
-    if options.axis:
-        d_entering = by_rows(options.entering_gradient)(steps, code, prepared, d_o, d_final)
-        d_final += relay.leaving_gradient(relay.keep(continued, d_entering), applied, options.axis)
     B, T, HV = beta.shape
-    backward = functools.partial(options.backward, scale=options.scale, normalize_qk=options.normalize_qk)
-    d = by_rows(backward)(q, k, g, steps, code, gate, prepared, states, errors, d_o, d_final)
+    d = by_rows(functools.partial(_run_back, options))(q, k, g, gate, code, continued, kept, *cotangents)
     d_beta = jnp.moveaxis(d.beta.reshape(B, HV, T), 1, 2).astype(beta.dtype)
     d_gate = None if gate is None else dataclasses.replace(gate, a_log=d.a_log, dt_bias=d.dt_bias)
     d_initial = None if initial_state is None else d.initial_state.astype(initial_state.dtype)
     return d.q, d.k, d.v, d.g, d_beta, d_gate, d_initial, None, None
+
+
+def _run_back(options: Options, q, k, g, gate: Gate, code, continued, kept, d_o, d_final):
+    prepared, steps, states, errors, applied = kept
+    B, T = d_o.shape[:2]
+    segments, leave = options.count(B, d_o), None
+    padding = None if code is None else (code == PADDING).reshape(B, T)
+    size = cotangent_scale(d_o, d_final, padding, options.axis)
+    if options.axis:
+        leave = functools.partial(_leave, options.axis, continued, d_final * size[:, :, None, None])
+    applied = applied[:, :segments] if segments > 1 or options.axis else None
+    return options.backward(
+        *(q, k, g, steps, code, gate, prepared, states, errors, applied, d_o, d_final, size),
+        **dict(scale=options.scale, normalize_qk=options.normalize_qk, leave=leave),
+    )
+
+
+def cotangent_scale(
+    do: Float[Array, "B T HV V"],
+    dfinal: Float[Array, "B HV V K"],
+    padding: Bool[Array, "B T"] | None,
+    axis: str | None = None,
+) -> Float[Array, "B HV"]:
+    """The power of two per row and head that brings the largest cotangent into [0.5, 1), so that float16 holds them.
+
+    The same on all devices of `axis`, which hand each other gradients in this scale.
+    """
+    size = jnp.abs(do.astype(jnp.float32))
+    if padding is not None:
+        size = jnp.where(padding[..., None, None], 0.0, size)
+    final = jnp.abs(lax.optimization_barrier(dfinal))  # mostly zeros that XLA would fold for seconds
+    largest = jnp.maximum(jnp.max(size, axis=(1, 3)), jnp.max(final, axis=(2, 3)))
+    largest = lax.pmax(largest, axis) if axis else largest
+    _, exponent = jnp.frexp(largest)
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -100, 100))
+
+
+def _leave(axis: str, continued, d_final, added, applied):
+    """The gradient of the state that leaves this device's span, given the map of gradients over it."""
+    added, applied = (x.reshape(*d_final.shape[:2], *x.shape[1:]) for x in (added, applied))
+    d_entering = jnp.einsum("...vk,...kc->...vc", d_final, applied, precision=lax.Precision.HIGHEST) + added
+    d_entering, applied = (relay.keep(continued, x) for x in (d_entering, applied))
+    d_final += relay.leaving_gradient(d_entering, applied.mT, axis)
+    return d_final.reshape(-1, *d_final.shape[2:])
 
 
 _core.defvjp(_core_forward, _core_backward)

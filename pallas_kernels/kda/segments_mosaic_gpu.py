@@ -1,11 +1,11 @@
 """KDA on Hopper for few heads: segments of time run side by side, joined by the maps that they apply to states.
 
-Over a segment the state changes by an affine map, S -> M S + H. One pass over the state alone finds both, since the
-recurrence is linear: H is where it takes a zero state, M where it takes the identity if all values are zero.
+Over a segment the state changes by an affine map, S -> S M + H. One pass over the state alone finds both, since the
+recurrence is linear: H is where it takes a zero state, M where it takes the identity if all values are zero. Gradients
+of states go back through the same M, transposed.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper import MULTIPROCESSORS
+from pallas_kernels.kda.chain_mosaic_gpu_vjp import reverse_chain
 from pallas_kernels.kda.chunk_mosaic_gpu import (
     MEMORY_REGISTERS,
     STAGES,
@@ -50,35 +51,69 @@ def recur(
     *,
     keep: bool,
     split: int,
-    segments: int | None = None,
+    segments: int,
     run: Callable = run_segments,
     find_maps: Callable | None = None,
     enter: Callable | None = None,
-) -> tuple[Float[Array, "B T HV V"], Float[Array, "BH V K"], tuple[Array, Array] | None, Any]:
-    """Runs the recurrence, over as many segments at once as pays.
+) -> tuple[
+    Float[Array, "B T HV V"], Float[Array, "BH V K"], tuple[Array, Array] | None, Float[Array, "BH S K K"] | None
+]:
+    """Runs the recurrence, all segments at once.
 
     Args:
-      prepared, v, beta, code, keep, split: see `run_segments`.
+      prepared, v, beta, code, keep, split, segments: see `run_segments`.
       initial_state: float32; None: zero.
-      segments: None: as many as pay.
       run, find_maps: the kernels, or their mirrors on a CPU.
-      enter: (H, M) of the whole sequence -> (the state that enters it, anything), in place of `initial_state`, for a
-        sequence that begins on other devices; None: it begins here.
+      enter: (H, M) of the whole sequence -> the state that enters it, in place of `initial_state`, for a sequence that
+        begins on other devices; None: it begins here.
 
     Returns:
-      As `run_segments`, with the last state only; and what else `enter` returned, or None.
+      As `run_segments`, with the last state only; and, if maps were needed, M of the segments, with `keep` of all.
     """
-    BH, N = beta.shape[:2]
-    count = count_segments(N, BH * split, mapped=enter is not None) if segments is None else segments
-    entering, found = None if initial_state is None else initial_state[:, None], None
-    if count > 1 or enter is not None:
-        added, applied = (find_maps or segment_maps)(prepared, v, beta, code, segments=count, last=enter is not None)
-        if enter is not None:
-            initial_state, found = enter(*join_maps(added, applied))
-            added, applied = added[:, :-1], applied[:, :-1]
-        entering = entering_states(initial_state, added, applied)
-    o, states, kept = run(prepared, v, beta, code, entering, keep=keep, split=split, segments=count)
-    return o, states[:, -1], kept, found
+    entering, applied = None if initial_state is None else initial_state[:, None], None
+    if segments > 1 or enter is not None:
+        last = keep or enter is not None
+        added, applied = (find_maps or segment_maps)(prepared, v, beta, code, segments=segments, last=last)
+        initial_state = initial_state if enter is None else enter(*join_maps(added, applied))
+        entering = entering_states(initial_state, *(x[:, : segments - 1] for x in (added, applied)))
+    o, states, kept = run(prepared, v, beta, code, entering, keep=keep, split=split, segments=segments)
+    return o, states[:, -1], kept, applied
+
+
+def recur_back(
+    prepared: Prepared,
+    beta: Float[Array, "BH N C"],
+    do_scale: Float[Array, "BH N C"],
+    do: Float[Array, "B T HV V"],
+    dfinal: Float[Array, "BH V K"],
+    applied: Float[Array, "BH S K K"] | None,
+    *,
+    run: Callable = reverse_chain,
+    leave: Callable | None = None,
+) -> tuple[Float[Array, "BH N V K"], Float[Array, "BH N C V"], Float[Array, "BH V K"]]:
+    """Runs the reverse chain, all segments at once.
+
+    Args:
+      prepared, beta, do_scale, do: see `reverse_chain`.
+      dfinal: gradient of the final state, float32, times the factors of `do`.
+      applied: M of every segment, as `recur` returns it; None: there is one segment.
+      run: the kernel, or its mirror on a CPU.
+      leave: (H, M) of the whole sequence, for gradients, -> the gradient of the state that leaves it, in place of
+        `dfinal`, for a sequence that ends on other devices; None: it ends here. With it `applied` is needed.
+
+    Returns:
+      (dS leaving each chunk float16, P float16, gradient of the initial state float32), in the scale of the cotangents.
+    """
+    leaving = dfinal[:, None]
+    if applied is not None:
+        segments, back = applied.shape[1], lambda x: x[:, ::-1]
+        alone = jnp.zeros((len(dfinal), segments - (leave is None), *dfinal.shape[1:]), f32)
+        added, _ = run(prepared, beta, do_scale, do, alone, segments=segments, keep=False)
+        added, applied = back(added), back(applied.mT)
+        dfinal = dfinal if leave is None else leave(*join_maps(added, applied))
+        leaving = back(entering_states(dfinal, *(x[:, : segments - 1] for x in (added, applied))))
+    entering, kept = run(prepared, beta, do_scale, do, leaving)
+    return *kept, entering[:, 0]
 
 
 def count_segments(chunks: int, blocks: int, *, mapped: bool = False) -> int:

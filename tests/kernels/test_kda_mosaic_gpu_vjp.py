@@ -15,12 +15,13 @@ from lanes import Fragments, Machine, scalar
 from pallas_kernels.kda import chunk_mosaic_gpu_vjp as kernels
 from pallas_kernels.kda import mirror, mirror_vjp, mosaic_gpu
 from pallas_kernels.kda import warp_mosaic_gpu_vjp as warp
-from pallas_kernels.kda.cases import BY_NAME, GRID, exact, make_gate, make_inputs
-from pallas_kernels.kda.prepare_mosaic_gpu import FINE, FORGET, LOG2E
-from pallas_kernels.testing import assert_all_close
+from pallas_kernels.kda.cases import BY_NAME, GRID, Case, exact, make_gate, make_inputs
+from pallas_kernels.kda.prepare_mosaic_gpu import FINE, FORGET, LOG2E, Prepared
+from pallas_kernels.kda.segments_mosaic_gpu import recur_back
+from pallas_kernels.testing import assert_all_close, error_ratio
 
 SERVED = [case for case in GRID if case.dtype != "float32" and max(case.key_dim, case.value_dim) <= 128]
-QUICK = ["grouped", "packed-aligned", "total-forgetting"]
+QUICK = ["grouped", "total-forgetting"]
 on_gpu = pytest.mark.gpu
 on_cpu = functools.partial(mosaic_gpu.Options, prepare=mirror.prepare, recur=mirror.recur, backward=mirror_vjp.backward)
 on_device = functools.partial(mosaic_gpu.Options, backward=kernels.backward)
@@ -63,6 +64,50 @@ def test_small_cotangents_keep_their_digits():
     gradients = [name for name in want if name.startswith("d")]
     # Measured: 5e-3, the 16-bit cotangents of o themselves.
     assert_all_close({n: got[n] for n in gradients}, {n: want[n].astype(jnp.float32) * 1e-6 for n in gradients}, 1e-2)
+
+
+# Slow decays, so that far segments still matter; a document starts inside the second of three segments.
+SEGMENTED = Case(
+    "segmented", 1, 384, 1, 2, 64, 64, dtype="bfloat16", gate="softplus", gate_offset=-6.0, lengths=(192, 150),
+    normalize_qk=True,
+)  # fmt: skip
+
+
+def _in_segments(make_options, number: int):
+    return functools.partial(make_options, count_segments=lambda *_, **__: number)
+
+
+def test_segments_of_time_compute_the_gradients_and_keep_documents_apart():
+    inputs, three = make_inputs(SEGMENTED), _in_segments(on_cpu, 3)
+    got = _gradients(three, SEGMENTED, inputs)
+    # Measured: 2.1e-3 or less (da_log 1.4e-3), as with one segment.
+    assert_all_close(got, exact(SEGMENTED, inputs), SEGMENTED.tolerance)
+    d_o = np.array(inputs.d_o)
+    d_o[:, 130:192] = d_o[:, 130:192][:, ::-1]  # the second segment, the first document
+    changed = _gradients(three, SEGMENTED, inputs._replace(d_o=d_o))
+    for name in ("dq", "dk", "dv", "dg", "dbeta"):
+        np.testing.assert_array_equal(got[name][:, 192:], changed[name][:, 192:])
+    assert np.any(got["dv"][:, :128] != changed["dv"][:, :128])
+
+
+@pytest.mark.slow
+def test_segments_are_chosen_for_the_rows_of_all_models():
+    """Three for the rows of one model, one for those of two, in a loop that is traced before models are joined."""
+    few = functools.partial(on_cpu, count_segments=lambda chunks, blocks, **_: 3 if blocks == 2 else 1)
+    inputs = make_inputs(SEGMENTED)
+    rows = [inputs._replace(v=inputs.v * factor) for factor in (1, -2)]
+
+    def loss(v, inputs):
+        def layer(v, _):
+            o, _ = mosaic_gpu.padded(few(0.1, True), *inputs[:2], v, *inputs[3:5], None, None, inputs.segment_ids)
+            return o.astype(v.dtype), None
+
+        return jnp.sum(jax.lax.scan(layer, v, None, length=2)[0].astype(jnp.float32) ** 2)
+
+    gradient = jax.jit(jax.grad(lambda v: loss(v, inputs)))
+    together = jax.jit(jax.vmap(gradient))(jnp.stack([x.v for x in rows]))
+    for x, got in zip(rows, together, strict=True):
+        assert error_ratio(got, gradient(x.v)) < 3e-3
 
 
 @pytest.fixture
@@ -236,11 +281,12 @@ def test_the_interpreted_chunk_kernel_equals_its_mirror(K, interpreted, capfd, m
     code = mosaic_gpu.pad_code(inputs.segment_ids, 1, 256, 0)
     options = on_cpu(0.1, True)
     first = (*inputs[:5], gate, inputs.initial_state, code)
-    prepared, beta, h, r = mosaic_gpu.forward(options, *map(_arrays, first), keep=True)[2]
-    arguments = (*map(_arrays, (*inputs[:2], inputs.g)), beta, code, gate, prepared, h, r)
-    cotangents = jnp.asarray(inputs.d_o), jnp.asarray(inputs.d_final_state)
+    prepared, beta, h, r, _ = mosaic_gpu.forward(options, *map(_arrays, first), keep=True)[2]
+    arguments = (*map(_arrays, (*inputs[:2], inputs.g)), beta, code, gate, prepared, h, r, None)
+    cotangents = jnp.asarray(inputs.d_o), jnp.asarray(inputs.d_final_state), jnp.full((1, 2), 0.25)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "reverse_chain", _mirrored_chain)
+        # The interpreter has no warp-specialised pipeline.
+        patch.setattr(kernels, "recur_back", functools.partial(recur_back, run=mirror_vjp.reverse_chain))
         got, want = (m.backward(*arguments, *cotangents, scale=0.1, normalize_qk=True) for m in (kernels, mirror_vjp))
     assert "RACE" not in "".join(capfd.readouterr())
     # Measured: 3e-4 or less, the rounding of the results; a_log, a sum of both signs, 2e-3.
@@ -250,15 +296,6 @@ def test_the_interpreted_chunk_kernel_equals_its_mirror(K, interpreted, capfd, m
 
 def _arrays(x):
     return jax.tree.map(jnp.asarray, x)
-
-
-def _mirrored_chain(prepared, beta, do_scale, do, dfinal):
-    """`kernels.reverse_chain` through the mirror: the interpreter has no warp-specialised pipeline."""
-    heads = lambda x: x[None]
-    BH, N, C, _ = prepared.kg.shape
-    by_chunk = jnp.moveaxis(do, 2, 1).reshape(BH, N, C, -1).astype(jnp.float32)
-    scaled = jnp.where(do_scale[..., None] > 0, by_chunk * do_scale[..., None], 0).astype(jnp.float16)
-    return [x[0] for x in mirror_vjp.reverse(*map(heads, (*prepared, beta, scaled, dfinal)))]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -287,6 +324,14 @@ def test_lowers_for_hopper(settings):
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2") >= 4
 
 
+def test_segments_lower_for_hopper():
+    half, tokens = (jax.ShapeDtypeStruct(s, d) for s, d in (((2, 6, 64, 64), jnp.float16), ((2, 6, 64), jnp.float32)))
+    do, states = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 384, 2, 64), (2, 64, 64)))
+    arguments = Prepared(*[half] * 5, tokens), tokens, tokens, do.update(dtype=jnp.bfloat16), states
+    traced = jax.jit(recur_back).trace(*arguments, jax.ShapeDtypeStruct((2, 3, 64, 64), jnp.float32))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2") >= 2
+
+
 # ---------------------------------------------------------------- on a GPU
 
 
@@ -295,6 +340,22 @@ def test_lowers_for_hopper(settings):
 def test_the_kernels_compute_the_gradients(case):
     inputs = make_inputs(case)
     assert_all_close(_gradients(on_device, case, inputs), exact(case, inputs), case.tolerance)
+
+
+WIDE = dataclasses.replace(  # one document, states in and out, blocks that share a head
+    SEGMENTED, name="segmented-wide", batch=2, time=448, key_dim=128, value_dim=128, lengths=(), gate="lower_bound",
+    slope=False,
+)  # fmt: skip
+
+
+@on_gpu
+@pytest.mark.parametrize("case", [SEGMENTED, WIDE], ids=lambda case: case.name)
+def test_segments_of_time_compute_the_gradients_on_a_gpu(case):
+    inputs, cut = make_inputs(case), _in_segments(on_device, 3 if case.lengths else 7)
+    first, second = (_gradients(cut, case, inputs) for _ in range(2))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+    assert_all_close(first, exact(case, inputs), case.tolerance)
 
 
 @on_gpu

@@ -94,8 +94,8 @@ def _apply(op: str, inputs, ids):
         return chunk_kda(*arrays, gate=gate, segment_ids=ids, normalize_qk=True, implementation="chunked")
 
     def kernels(*arrays, gate, segment_ids, axis=None):
-        passes = mirror.prepare, functools.partial(mirror.recur, segments=2)
-        options = mosaic_gpu.Options(0.3, True, *passes, mirror_vjp.backward, mirror_vjp.entering_gradient, axis)
+        passes = mirror.prepare, mirror.recur, mirror_vjp.backward
+        options = mosaic_gpu.Options(0.3, True, *passes, count_segments=lambda *_, **__: 2, axis=axis)
         return mosaic_gpu.padded(options, *(x.astype(jnp.bfloat16) for x in arrays), gate, None, segment_ids)
 
     return partition(kernels, AXES, tuple(arrays), {"gate": gate, "segment_ids": ids})
