@@ -123,6 +123,8 @@ def _describe(path: Path_, owner: type[BaseModel] | None, error: Mapping[str, An
         case "literal_error":
             options = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
             return f"{name}: got {got!r}; {nearest(got, options)}"
+        case "too_short":
+            return f"{name}: got {_short(got)}, must have at least {context['min_length']}"
         case "tuple_type":
             return f"{name}: got {_short(got)}, must be a list"
         case "model_type" | "model_attributes_type" | "dict_type":

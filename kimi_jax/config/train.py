@@ -103,7 +103,7 @@ class Flags(Config):
 class Train(Config):
     """The loop."""
 
-    steps: PositiveInt
+    steps: Annotated[int, Field(gt=0, lt=2**31)]
     batch_size: PositiveInt
     """Sequences per optimizer step, over all devices and microbatches."""
     grad_accum: PositiveInt = 1

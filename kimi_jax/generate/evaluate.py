@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from kimi_jax.config.model import ModelConfig
 from kimi_jax.data.tokenizers import Tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.generate.score import BATCH_SIZE
-from kimi_jax.interop.files import write_json
 from kimi_jax.interop.saved_model import load_model
+from kimi_jax.train.run_dir import write_whole
 
 if TYPE_CHECKING:  # the extra `eval`
     from kimi_jax.generate.lm_eval_adapter import Requests, Tasks
@@ -90,14 +91,15 @@ def evaluate(
     if output is not None:
         kept = {key: results[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in results}
         tokens = {"requested": evaluation.num_requested, "run": evaluation.num_run}
-        write_json(output / RESULTS, {"checkpoint": str(checkpoint), "tokens": tokens, **kept})
+        whole = {"checkpoint": str(checkpoint), "tokens": tokens, **kept}
+        write_whole(output / RESULTS, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     return evaluation
 
 
 def check_harness() -> None:
     """Raises `UserError` where lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("evaluate: lm_eval is not installed; pip install 'kimi_jax[eval]'")
+        raise UserError("lm_eval is not installed; pip install 'kimi_jax[eval]'")
 
 
 def _make_folder(output: Path) -> None:

@@ -181,7 +181,13 @@ def open_benchmarks(cfg: RunConfig, data: Dataset, open_benchmark: OpenBenchmark
             raise UserError(f"{where} is for runs of scripts/train.py; unset it, or pass `open_benchmark`")
         if tokenizer is None:
             raise UserError(f"{where} needs text, and data.kind={cfg.data.kind} has no tokenizer")
-    return {name: open_benchmark(evaluation, cfg.model, tokenizer) for name, evaluation in asked.items()}
+    found = {}
+    for name, evaluation in asked.items():
+        try:
+            found[name] = open_benchmark(evaluation, cfg.model, tokenizer)
+        except UserError as error:
+            raise UserError([f"train.evaluations.{name}: {problem}" for problem in error.problems]) from error
+    return found
 
 
 class Evaluator:

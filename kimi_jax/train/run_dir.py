@@ -203,7 +203,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file under a temporary name, then renames it: a reader sees the old text or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -67,6 +67,7 @@ ONE_MISTAKE = {
     "unknown_kind": ("optim.kind=muonn", "optim.kind: got 'muonn'; did you mean 'muon'?"),
     "no_kind": ("model.mixers.mla.position={theta: 3}", "model.mixers.mla.position: has no 'kind'"),
     "not_a_list": ("model.pattern=kda", "model.pattern: got 'kda', must be a list"),
+    "an_empty_list": ("model.pattern=[]", "model.pattern: got [], must have at least 1"),
     "not_a_mapping": ("train.checkpoints=4", "train.checkpoints: got 4, must be a mapping"),
     "not_an_option": ("model.dtype=bfloat", "model.dtype: got 'bfloat'; did you mean 'bfloat16'?"),
     "nan": ("optim.peak_lr=.nan", "optim.peak_lr: got nan, must be"),

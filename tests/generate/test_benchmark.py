@@ -103,13 +103,16 @@ def test_several_devices_give_the_figures_of_one(folder):
 
 def test_mistakes_are_one_line_before_anything_is_compiled(folder):
     cases = {
-        "unknown": ({"tasks": ["no_such_task"]}, "error: task 'no_such_task': lm_eval has none of this name"),
-        "include": ({"include": "nowhere"}, "error: include nowhere: is no directory"),
-        "network": ({"tasks": ["arc_easy"]}, "error: tasks arc_easy: "),
+        "unknown": (
+            {"tasks": ["no_such_task"]},
+            "task 'no_such_task': lm_eval has none of this name",
+        ),
+        "include": ({"include": "nowhere"}, "include nowhere: is no directory"),
+        "network": ({"tasks": ["arc_easy"]}, "tasks arc_easy: "),
     }
     for name, (evaluation, line) in cases.items():
         done = train(folder, name, **evaluation)
         assert done.returncode == 2
-        assert done.stderr.splitlines()[-1].startswith(line)
+        assert done.stderr.splitlines()[-1].startswith(f"error: train.evaluations.bench: {line}")
         assert "compiled" not in done.stdout
         assert not (folder / name / "metrics.jsonl").exists()
