@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.layers.moe import Experts, Matrices, mix, run_here, run_sorted
 from kimi_jax.layers.router import Routing
 from kimi_jax.parallel.rules import spec
-from kimi_jax.parallel.weights import gather_rounded
+from kimi_jax.parallel.weights import gather_rounded, in_turn
 from pallas_kernels.grouped_matmul.api import place_rows, spread_rows
 
 MATRIX_AXES = Matrices(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
@@ -68,6 +68,8 @@ def run_on_mesh(
 
     def run_part(matrices: Matrices, x_btD, routing: Routing):
         whole = Matrices(*(_gather(*pair, x_btD.dtype) for pair in zip(matrices, cuts, MATRIX_AXES, strict=True)))
+        if travel:  # while the gradients of tokens leave, those of the matrices are computed
+            x_btD, whole = in_turn(x_btD, whole)
         flat = (x.reshape(-1, x.shape[-1]) for x in (x_btD, *routing))
         y_sD, slot_mN, dropped = (_mix_away if travel else _mix_at_home)(experts, whole, *flat)
         return y_sD, slot_mN, lax.psum(dropped, parts)
@@ -83,7 +85,10 @@ def run_on_mesh(
     y_SD, slot_MN, dropped = run(matrices, x_BTD, routing)
     if travel:  # rows are ready to leave before the rest begins
         x_BTD, y_SD = lax.optimization_barrier((x_BTD, y_SD))
-    return cut(bring_back, in_specs=results, out_specs=tokens)(y_SD, slot_MN) + beside(x_BTD), dropped
+    beside_BTD = beside(x_BTD)
+    if travel:  # XLA would have its last product add up what comes back, and so wait for it
+        beside_BTD = lax.optimization_barrier(beside_BTD)
+    return cut(bring_back, in_specs=results, out_specs=tokens)(y_SD, slot_MN) + beside_BTD, dropped
 
 
 def _is_names(x: object) -> bool:
@@ -138,7 +143,8 @@ def _swap(x_s: Array) -> Array:
 
 
 def _send_to_all(plan: Plan, x_mD, weight_mk, none: int):
-    return to_all(x_mD), lax.all_gather(plan.kept, HOME, tiled=True), to_all(weight_mk)
+    copies = (lax.axis_size(HOME), 1)  # XLA would join small all-gathers with those of parameters, which then wait
+    return to_all(x_mD), _swap(jnp.tile(plan.kept, copies)), _swap(jnp.tile(weight_mk, copies))
 
 
 def plan_exchange(expert_mk: Int[Array, "m k"], num_experts: int, devices: int, capacity: float) -> Plan:
