@@ -14,7 +14,9 @@ from kimi_jax.config.train import NoRemat, RunConfig
 from kimi_jax.experiments.plan_hardware import Hardware
 from kimi_jax.models.layout import layer_kinds
 from kimi_jax.parallel.expert import HOME
+from kimi_jax.parallel.matrices import Layout, layout_of, sharers
 from kimi_jax.parallel.rules import RULES, spec
+from kimi_jax.train.muon import map_stacks
 from kimi_jax.train.state import Recipe
 from kimi_jax.types import PyTree
 
@@ -46,7 +48,7 @@ def count_traffic(recipe: Recipe, params: PyTree, mesh: jax.sharding.AbstractMes
     """
     cfg, sums = recipe.cfg, collections.defaultdict(float)
     kinds = [*_parameters(recipe, params, mesh), *_tensor(cfg, mesh), *_experts(cfg, mesh), *_context(cfg, mesh)]
-    for traffic in kinds:
+    for traffic in [*kinds, *_muon(recipe, mesh)]:
         sums[traffic.axes, traffic.what, traffic.direct] += traffic.sent_bytes
     return [Traffic(axes, what, size, direct) for (axes, what, direct), size in sums.items() if size]
 
@@ -99,6 +101,34 @@ def _parameters(recipe: Recipe, params: PyTree, mesh) -> Iterator[Traffic]:
         c = math.prod(mesh.shape[a] for a in copies)
         if c > 1:
             yield Traffic(copies, "gradients, summed", times * 2 * whole / n * (c - 1) / c * leaf.dtype.itemsize)
+
+
+def _muon(recipe: Recipe, mesh) -> Iterator[Traffic]:
+    """Once per step each matrix is put together on one device and given back (`kimi_jax.parallel.matrices`)."""
+    several = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    size = lambda names: math.prod(mesh.shape[name] for name in names)
+    parts, matrices, layouts = {}, {}, {}
+    for path, assigned in recipe.assignments.items():
+        if kind := assigned.matrix:
+            cuts = spec(assigned.axes, assigned.shape, mesh)
+            shape = [whole // size(jax.tree.leaves(part)) for whole, part in zip(assigned.shape, cuts, strict=True)]
+            parts[path], matrices[path] = jax.ShapeDtypeStruct(shape, jnp.float16), kind
+            layouts[path] = layout_of(cuts, kind.batch, kind.rows, several)
+    stacks: list[tuple[tuple[int, ...], Layout]] = []
+
+    def note(stack, layout: Layout):
+        stacks.append((stack.shape, layout))
+        return stack
+
+    jax.eval_shape(lambda tree: map_stacks(note, tree, matrices, layouts), parts)
+    for (number, rows, columns), layout in stacks:
+        copies = sharers(layout, number, size)
+        devices = size(layout.cuts + copies)
+        held = 2 * -(-number // devices) * devices * rows * columns
+        for names in (layout.rows, layout.columns):
+            sent = 2 * held / size(copies) * (1 - 1 / size(names))
+            yield Traffic(names, "matrices, put together and given back", sent, direct=True)
+        yield Traffic(copies, "updates, gathered", held * (1 - 1 / size(copies)))
 
 
 # ------------------------------------------------------------------ activations

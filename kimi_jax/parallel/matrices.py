@@ -1,13 +1,15 @@
 """Whole matrices of parameters that are cut over devices: each device gets some of them whole, and gives them back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
+
+MOST_ZEROS = 4  # times the matrices of a stack: what it may be filled up to, so that devices have equal shares
 
 
 class Layout(NamedTuple):
@@ -51,13 +53,29 @@ def whole_shape(part: Float[Array, "N r c"], layout: Layout) -> tuple[int, int]:
     return part.shape[1] * _size(layout.rows), part.shape[2] * _size(layout.columns)
 
 
+def sharers(layout: Layout, number: int, size: Callable[[Sequence[str]], int]) -> tuple[str, ...]:
+    """Axes of copies over which that many matrices are shared out, near ones first; along the others all do the same.
+
+    Of a stack over a thousand devices nearly all would be zeros, and these travel, too.
+
+    Args:
+      size: devices of some axes together.
+    """
+    taken: tuple[str, ...] = ()
+    for name in reversed(layout.copies):
+        if size((name, *taken, *layout.cuts)) <= MOST_ZEROS * number:
+            taken = (name, *taken)
+    return taken
+
+
 def collect(part: Float[Array, "N r c"], layout: Layout) -> Float[Array, "n R C"]:
-    """Puts this device's share of the matrices together: N over the devices that hold parts or copies, rounded up."""
-    devices = _size(layout.cuts + layout.copies)
+    """Puts this device's share of the matrices together: N over the devices that take part, rounded up."""
+    copies = sharers(layout, part.shape[0], _size)
+    devices = _size(layout.cuts + copies)
     x = jnp.pad(part, ((0, -part.shape[0] % devices), (0, 0), (0, 0)))
-    if layout.copies:
-        share = x.shape[0] // _size(layout.copies)
-        x = lax.dynamic_slice_in_dim(x, lax.axis_index(layout.copies) * share, share)
+    if copies:
+        share = x.shape[0] // _size(copies)
+        x = lax.dynamic_slice_in_dim(x, lax.axis_index(copies) * share, share)
     for dim, names in ((1, layout.rows), (2, layout.columns)):
         x = lax.all_to_all(x, names, split_axis=0, concat_axis=dim, tiled=True) if names else x
     return x
@@ -68,7 +86,8 @@ def give_back(share: Float[Array, "n R C"], layout: Layout, number: int) -> Floa
     x = share
     for dim, names in ((2, layout.columns), (1, layout.rows)):
         x = lax.all_to_all(x, names, split_axis=dim, concat_axis=0, tiled=True) if names else x
-    x = lax.all_gather(x, layout.copies, axis=0, tiled=True) if layout.copies else x
+    copies = sharers(layout, number, _size)
+    x = lax.all_gather(x, copies, axis=0, tiled=True) if copies else x
     return x[:number]
 
 

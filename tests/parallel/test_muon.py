@@ -27,14 +27,14 @@ SHAPES = {
     "single": (32, 48),
     "experts": (3, 4, 32, 16),
 }
-TOLERANCE = 2e-5  # of the largest element, with products in float32; measured 7.8e-6
+TOLERANCE = 2e-5  # of the largest element, with products in float32; measured 2.8e-6
 # Number of collectives and bytes of their results per device, with products in float16: norms, matrices on their way to
 # the device that has them whole, and back.
 MOST = {
     "fsdp=4,tensor=2": {"all-reduce": (3, 52), "all-to-all": (14, 32768)},
-    "data=2,fsdp=2,expert=2": {"all-reduce": (1, 40), "all-to-all": (6, 14336), "all-gather": (4, 18432)},
-    "expert=4,context=2": {"all-reduce": (1, 40), "all-to-all": (6, 14336), "all-gather": (4, 18432)},
-    "data=8": {"all-gather": (3, 73728)},
+    "data=2,fsdp=2,expert=2": {"all-reduce": (1, 40), "all-to-all": (6, 14336), "all-gather": (3, 12288)},
+    "expert=4,context=2": {"all-reduce": (1, 40), "all-to-all": (6, 14336), "all-gather": (3, 12288)},
+    "data=8": {"all-gather": (2, 49152)},
 }
 
 multi_device = pytest.mark.multi_device
