@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}  # the disk says no
 
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # in the message of jax's JaxRuntimeError when a device's memory is full
+
 
 class UserError(ValueError):
     """A mistake in the user's config, data, checkpoint, weights or environment.
@@ -26,7 +28,7 @@ class UserError(ValueError):
 def exit_on_user_error() -> Iterator[None]:
     """Wraps a script's main: prints each problem of a `UserError` to standard error and exits with code 2.
 
-    So does a disk that is full or may not be written.
+    So does a disk that is full or may not be written, and memory, of the host or of a device, that does not suffice.
     """
     try:
         yield
@@ -38,6 +40,12 @@ def exit_on_user_error() -> Iterator[None]:
         if error.errno not in STORAGE:
             raise
         print(f"error: {error.filename or 'a file of this run'}: cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and EXHAUSTED not in str(error):
+            raise
+        what = next(iter(str(error).splitlines()), "of this process")
+        print(f"error: memory does not suffice: {what}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

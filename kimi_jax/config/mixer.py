@@ -7,7 +7,7 @@ from pydantic import Field
 
 from kimi_jax.config.base import Config
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # sizes and steps are counted in int32
 KdaImplementation = Literal["auto", "mosaic_gpu", "chunked", "reference"]
 
 

@@ -103,12 +103,12 @@ class Flags(Config):
 class Train(Config):
     """The loop."""
 
-    steps: Annotated[int, Field(gt=0, lt=2**31)]
+    steps: PositiveInt
     batch_size: PositiveInt
     """Sequences per optimizer step, over all devices and microbatches."""
     grad_accum: PositiveInt = 1
     """Microbatches per step, summed in float32 in one compiled scan."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the parameters."""
     init_from: str | None = None
     """Directory of the run, or of the import, whose weights are the first ones; unset: drawn from `seed`."""

@@ -3,6 +3,9 @@
 import errno
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -64,6 +67,7 @@ ONE_MISTAKE = {
     "unknown_key_in_variant": ("model.mixers.mla.nope_dims=3", "model.mixers.mla.nope_dims: unknown key; did you mean"),
     "wrong_type": ("train.steps=many", "train.steps: got 'many', must be a valid integer"),
     "not_positive": ("train.batch_size=0", "train.batch_size: got 0, must be greater than 0"),
+    "too_large": ("model.model_dim=10000000000", "model.model_dim: got 10000000000, must be less than 2147483648"),
     "unknown_kind": ("optim.kind=muonn", "optim.kind: got 'muonn'; did you mean 'muon'?"),
     "no_kind": ("model.mixers.mla.position={theta: 3}", "model.mixers.mla.position: has no 'kind'"),
     "not_a_list": ("model.pattern=kda", "model.pattern: got 'kda', must be a list"),
@@ -104,6 +108,7 @@ def test_all_mistakes_at_once(file):
     overrides = [override for override, _ in ONE_MISTAKE.values()]
     exclusive = {
         "model.pattern=kda",
+        "model.pattern=[]",
         "optim.kind=muonn",
         "model.mixers.mla.nope_dims=3",
         "model.mixers.mla.position={theta: 3}",
@@ -194,9 +199,21 @@ def test_a_full_disk_is_one_line(capsys):
     assert capsys.readouterr().err == "error: metrics.jsonl: cannot be written: No space left on device\n"
 
 
-def test_other_system_errors_keep_their_traceback():
-    with pytest.raises(FileNotFoundError), exit_on_user_error():
-        raise FileNotFoundError(errno.ENOENT, "no such file", "x")
+@pytest.mark.parametrize(
+    "allocate", [lambda: np.zeros(2**55), lambda: jax.jit(lambda: jnp.zeros(2**55, jnp.int8))()], ids=["host", "device"]
+)
+def test_memory_that_does_not_suffice_is_one_line(allocate, capsys):
+    with pytest.raises(SystemExit) as exited, exit_on_user_error():
+        jax.block_until_ready(allocate())
+    assert exited.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory does not suffice: ") and "alloc" in line
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no such file", "x"), RuntimeError("else")])
+def test_other_system_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)), exit_on_user_error():
+        raise error
 
 
 def test_rules_hold_for_configs_built_in_python():
