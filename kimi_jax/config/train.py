@@ -80,7 +80,7 @@ class Checkpoints(Config):
 class Watchdog(Config):
     """What happens when nothing happens."""
 
-    silence_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    silence_s: Annotated[float, Field(gt=0, le=1e9)] | None = 1800.0
     """Seconds without a step, compilation included, after which each process writes the stacks of its threads to
     `stacks/<process>.txt`; unset: never."""
     exit: bool = True

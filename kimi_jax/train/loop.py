@@ -242,9 +242,7 @@ class _Loop:
             self.meter.add(record["tokens"])
             self.total_tokens += record["tokens"]
             record["total_tokens"] = self.total_tokens
-            if validate:
-                record |= self._validate(step)
-            self._report(record)
+            self._report(record, self._validate(step) if validate else {})
 
     def _check_finite(self, record: dict[str, Any]) -> None:
         bad = [f"{name} is {record[name]}" for name in ("loss_nats", "grad_norm") if not math.isfinite(record[name])]
@@ -265,16 +263,16 @@ class _Loop:
         step = self.store.latest_step
         return f"last good checkpoint: {self.store.path(step)}" if step else "no checkpoint was written before"
 
-    def _report(self, record: dict[str, Any]) -> None:
+    def _report(self, record: dict[str, Any], measured: Mapping[str, float]) -> None:
         step = record["step"]
-        last = step == self.cfg.steps
-        logged = last or step == 1 or step % self.cfg.log_every == 0 or "validation_loss_nats" in record
+        logged = measured or step in (1, self.cfg.steps) or step % self.cfg.log_every == 0
         if logged:
+            record |= measured
             record |= self.meter.lap()
             record |= self._utilization(record.get("tokens_per_s"))
             for sink in self.sinks:
                 sink.write(record)
-        self.display.show_step(record, logged=logged)
+        self.display.show_step(record, logged=bool(logged))
 
     def _utilization(self, tokens_per_s: float | None) -> dict[str, float]:
         """Counted FLOPs of the scored tokens over the devices' peak; empty where the peak is unknown."""

@@ -31,7 +31,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *lines, rest = path.read_text().split("\n")
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if rest:
         lines += [rest] if _parse(rest) else []
     records = [_parse(line) for line in lines]

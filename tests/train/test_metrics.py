@@ -9,6 +9,8 @@ from matplotlib.image import imread
 
 from kimi_jax.config.train import Wandb
 from kimi_jax.errors import UserError
+from kimi_jax.train.display import Silence
+from kimi_jax.train.loop import _Loop
 from kimi_jax.train.metrics import JsonLines, WandbRun, open_sinks, read_metrics
 from kimi_jax.train.plot import _smooth, plot_loss
 from kimi_jax.train.run_dir import RunDir
@@ -91,3 +93,20 @@ def test_plot(tmp_path):
     plot_loss(records, path, title="curve")
     assert imread(path).shape == one.shape and not np.array_equal(imread(path), one)
     assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
+
+
+def test_a_step_with_evaluations_alone_is_logged():
+    """A run without validation data may still measure something else."""
+    written = []
+    sink = SimpleNamespace(write=written.append)
+    loop = SimpleNamespace(cfg=SimpleNamespace(steps=10, log_every=100), sinks=[sink], display=Silence())
+    loop.meter, loop._utilization = SimpleNamespace(lap=dict), lambda rate: {}
+    for step, measured in ((3, {}), (4, {"more_loss_nats": 2.0})):
+        _Loop._report(loop, {"step": step}, measured)
+    assert written == [{"step": 4, "more_loss_nats": 2.0}]
+
+
+def test_bytes_that_are_no_text_are_a_damaged_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n')
+    with pytest.raises(UserError, match="line 2 is no JSON object with a step"):
+        read_metrics(tmp_path / "metrics.jsonl")
