@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 BATCH_AXES = ("data", "fsdp", "expert")
 HEAD_AXES = ("tensor",)
 TOKEN_AXES = ("context",)
+VOCABULARY_AXES = ("tensor",)
 MESH_AXES = {"B": BATCH_AXES, "T": TOKEN_AXES, "H": HEAD_AXES}
 """Names of the mesh axes over which rows, tokens and heads are cut, where the mesh in use (`jax.set_mesh`) has them."""
 
@@ -97,13 +98,23 @@ def _choose_parts(
     parts = {}
     for letter, names in MESH_AXES.items():
         sizes = [shape[label.index(letter)] for shape, label in arrays if letter in label]
-        divisible, taken, number = functools.reduce(math.gcd, sizes, 0), [], 1
-        for name in names:
-            if name in free and mesh.shape[name] > 1 and divisible % (number * mesh.shape[name]) == 0:
-                taken.append(name)
-                number *= mesh.shape[name]
-        parts[letter] = tuple(taken)
+        parts[letter] = _dividing(mesh, [name for name in names if name in free], functools.reduce(math.gcd, sizes, 0))
     return parts | {"E": parts["H"] + parts["T"]}
+
+
+def _dividing(mesh: AbstractMesh, names: Sequence[str], size: int) -> tuple[str, ...]:
+    taken, number = [], 1
+    for name in names:
+        if mesh.shape[name] > 1 and size % (number * mesh.shape[name]) == 0:
+            taken.append(name)
+            number *= mesh.shape[name]
+    return tuple(taken)
+
+
+def free_axes_of(names: Sequence[str], size: int) -> tuple[str, ...]:
+    """Those of the mesh in use over which a dimension of that size can be cut, and which nothing has taken yet."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _dividing(mesh, [name for name in _free_axes(mesh) if name in names], size)
 
 
 def _spec(label: str, parts: Mapping[str, tuple[str, ...]]) -> P:

@@ -9,14 +9,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from kimi_jax.types import PyTree
-from pallas_kernels.partition import BATCH_AXES, HEAD_AXES
+from pallas_kernels.partition import BATCH_AXES, HEAD_AXES, TOKEN_AXES, VOCABULARY_AXES
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
-    "tokens": ("context",),
+    "tokens": TOKEN_AXES,
     "experts": ("expert", "fsdp"),
     "embed": ("fsdp", "expert"),
-    "vocab": ("tensor",),
+    "vocab": VOCABULARY_AXES,
     "heads": HEAD_AXES,
     "ffn": ("tensor",),
 }

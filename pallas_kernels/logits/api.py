@@ -1,11 +1,17 @@
-"""Public entries of the logits: signatures and the table of implementations."""
+"""Public entries of the logits: signatures, the table of implementations, and a vocabulary on several devices."""
 
+import functools
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.logits import mosaic_gpu, xla
+from pallas_kernels.partition import VOCABULARY_AXES, free_axes_of
 
 IMPLEMENTATIONS = {  # fastest first
     "mosaic_gpu": Implementation(mosaic_gpu.logits, mosaic_gpu.refuse),
@@ -29,6 +35,8 @@ def logits(
 ) -> Logits:
     """Multiplies rows by the head. Not differentiable: losses that form their gradient themselves use it.
 
+    On a mesh whose `tensor` axis divides the vocabulary each device has its part of the values.
+
     Args:
       x: any float dtype; 16-bit for the kernel.
       weight: of the dtype of x.
@@ -38,7 +46,28 @@ def logits(
     Raises:
       NotImplementedError: the implementation refuses these arguments.
     """
-    return Logits(*call("logits", IMPLEMENTATIONS, implementation, x, weight, targets))
+    run = lambda *arrays: Logits(*call("logits", IMPLEMENTATIONS, implementation, *arrays))
+    axes = free_axes_of(VOCABULARY_AXES, weight.shape[1])
+    if not axes:
+        return run(x, weight, targets)
+    cut = jax.shard_map(
+        functools.partial(_run_part, run, axes),
+        in_specs=(P(), P(None, axes), P()),
+        out_specs=Logits(P(None, axes), P(), P()),
+        axis_names=set(axes),
+        check_vma=False,  # kernels do not say over which axes their results vary
+    )
+    return cut(x, weight, targets)
+
+
+def _run_part(run, axes: tuple[str, ...], x, weight_Da, targets) -> Logits:
+    """Of the vocabulary's part on this device; sums over all parts."""
+    local = targets - lax.axis_index(axes) * weight_Da.shape[1]
+    here = (local >= 0) & (local < weight_Da.shape[1])
+    part = run(x, weight_Da, jnp.where(here, local, 0))
+    peak = lax.pmax(part.log_sum_exp, axes)
+    log_sum_exp = peak + jnp.log(lax.psum(jnp.exp(part.log_sum_exp - peak), axes))
+    return Logits(part.values, log_sum_exp, lax.psum(jnp.where(here, part.target, 0), axes))
 
 
 def is_target(targets: Int[Array, "..."], values: Float[Array, "... A"]) -> Bool[Array, "... A"]:

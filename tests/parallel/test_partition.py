@@ -14,7 +14,7 @@ from kimi_jax.parallel.mesh import build_mesh
 from kimi_jax.parallel.rules import batch_sharding
 from kimi_jax.train.state import Recipe
 from kimi_jax.train.step import build_train_step
-from pallas_kernels import hopper
+from pallas_kernels import dispatch, hopper
 from pallas_kernels.mla.api import mla_attention
 from pallas_kernels.partition import Axes, partition
 
@@ -88,8 +88,9 @@ KERNELS = [  # sizes that the Hopper kernels take; bfloat16
 
 @multi_device
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 4}], ids=str)
-def test_kernels_lower_for_several_gpus(sizes):
+def test_kernels_lower_for_several_gpus(monkeypatch, caplog, sizes):
     """A kernel outside `shard_map` would be refused: XLA cannot cut it."""
+    monkeypatch.setattr(dispatch, "_told", set())
     cfg = load("experiments/sizes/bench.yaml", [*KERNELS, *(f"mesh.{k}={v}" for k, v in sizes.items())], RunConfig)
     mesh = build_mesh(cfg.mesh)
     recipe, sharding = Recipe(cfg), batch_sharding(mesh)
@@ -99,3 +100,4 @@ def test_kernels_lower_for_several_gpus(sizes):
         traced = jax.jit(build_train_step(recipe)).trace(recipe.abstract_state(mesh), batch)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 12, "attention, recurrence, convolution, norm, experts and their gradients"
+    assert not caplog.messages, "nothing slower runs in place of a kernel"
