@@ -83,10 +83,6 @@ class ParameterCounts:
     tensors: int
 
     @property
-    def active_without_embedding(self) -> int:
-        return self.active - self.embedding
-
-    @property
     def active_without_embeddings(self) -> int:
         """Without the input embedding and without the head."""
         return self.active - 2 * self.embedding

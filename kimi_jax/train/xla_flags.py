@@ -39,13 +39,10 @@ CHECK = "import jax; jax.local_devices(backend='cpu')"
 CHECK_S = 300
 
 
-def apply_defaults(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Adds the settings that XLA_FLAGS does not name; they count until jax starts its backend."""
-    _add(DEFAULTS, environment)
-
-
 def apply(flags: Flags, environment: MutableMapping[str, str] = os.environ) -> None:
     """Adds what a config asks for, and the defaults, to XLA_FLAGS and NCCL's variables; what is set there stays.
+
+    They count until jax starts its backend.
 
     Raises:
       UserError: the installed jaxlib or NCCL does not know a setting. XLA would abort the process.

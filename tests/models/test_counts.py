@@ -94,7 +94,6 @@ def test_released_model():
     assert counts.total == 49_122_681_728
     assert counts.tensors == 20_493
     assert counts.active == 3_484_459_904
-    assert counts.active_without_embedding == 3_106_972_544
     assert counts.active_without_embeddings == 2_729_485_184
     assert count_mixer(cfg.mixers["kda"], cfg.model_dim).total == 39_514_272
     assert count_mixer(cfg.mixers["mla"], cfg.model_dim).total == 29_114_880
