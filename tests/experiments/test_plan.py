@@ -169,18 +169,20 @@ def test_the_script_exits_with_two_and_one_line():
 
 
 SMALL = ["model.num_layers=2", "model.first_k_dense=0", "model.model_dim=64", "data.seq_len=256", "model.dtype=float32"]
-SENT = {  # mesh, collectives, what they carry, largest relative difference (measured 0.9 %, 2.2 %)
-    "data=8": (("all-reduce",), "gradients, summed", 0.03),
-    "expert=4,data=2": (("all-to-all",), "tokens, to their experts and back", 0.05),
-}
+MUON = "optim={kind: muon, peak_lr: 1.0e-3}"
+SENT = [  # mesh, other overrides, collectives, what they carry, largest relative difference (measured 0.9 %, 2.2 %, none)
+    ("data=8", (), ("all-reduce",), "gradients, summed", 0.03),
+    ("expert=4,data=2", (), ("all-to-all",), "tokens, to their experts and back", 0.05),
+    ("data=8", (MUON,), ("all-gather",), "updates, gathered", 0.001),
+    ("data=4,tensor=2", (MUON,), ("all-to-all",), "matrices, put together and given back", 0.001),
+]
 
 
 @pytest.mark.multi_device
-@pytest.mark.parametrize("mesh", SENT)
-def test_formulas_meet_the_compiled_program(mesh):
+@pytest.mark.parametrize(("mesh", "overrides", "kinds", "what", "tolerance"), SENT)
+def test_formulas_meet_the_compiled_program(mesh, overrides, kinds, what, tolerance):
     """In plain JAX on simulated devices; docs/scaling.md has the programs of GPUs."""
-    kinds, what, tolerance = SENT[mesh]
-    debug = planned(*ROWS, *SMALL)
+    debug = planned(*ROWS, *SMALL, *overrides)
     cfg = debug.recipe.cfg.model_copy(update={"mesh": parse_mesh(mesh)})
     formula = sum(t.sent_bytes for t in examine(debug, cfg.mesh).traffic if t.what == what)
     compiled = compile_here(cfg, debug.hardware)
