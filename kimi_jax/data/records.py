@@ -106,6 +106,14 @@ def decode_record(data: bytes, seq_len: int, dtype: np.dtype) -> Record:
     return Record(tokens.astype(np.int32), starts, int(header["num_valid"]))
 
 
+@contextlib.contextmanager
+def _full_disk() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # as array_record reports it
+        raise UserError(f"records: cannot be written: {str(error).partition(';')[0]}") from error
+
+
 class RecordWriter:
     """Writes records into numbered parts of a folder, and counts them."""
 
@@ -123,7 +131,8 @@ class RecordWriter:
         data = encode_record(record, self._dtype)
         if self._writer is None or self._part_bytes + len(data) > PART_BYTES:
             self._open_part()
-        self._writer.write(data)
+        with _full_disk():
+            self._writer.write(data)
         self._digest.update(data)
         self._part_bytes += len(data)
         self._counts[-1] += 1
@@ -137,9 +146,10 @@ class RecordWriter:
         self._writer = ArrayRecordWriter(str(self._folder / self._names[-1]), "group_size:1,zstd:3")
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with _full_disk():
+                writer.close()
 
     def parts(self) -> tuple[Part, ...]:
         """Describes the parts, after `close`."""

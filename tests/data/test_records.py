@@ -139,3 +139,24 @@ def test_records_can_be_moved(prepared, tmp_path):
     before = tokens_of(RecordSource(prepared / "train"))
     shutil.move(prepared / "train", tmp_path / "elsewhere [0:3]")
     np.testing.assert_array_equal(tokens_of(RecordSource(tmp_path / "elsewhere [0:3]")), before)
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
+    """array_record says so with a RuntimeError, when a record is written or when the file is closed."""
+
+    class Full:
+        def __init__(self, path, options):
+            pass
+
+        def write(self, data):
+            raise RuntimeError("write() failed: No space left on device; writing a.array_record; at byte 614400")
+
+        close = lambda self: self.write(b"")
+
+    monkeypatch.setattr(records, "ArrayRecordWriter", Full)
+    writer = records.RecordWriter(tmp_path, np.dtype("<u2"))
+    with pytest.raises(UserError, match=r"records: cannot be written: write\(\) failed: No space left on device$"):
+        writer.write(Record(np.zeros(9, np.int32), np.zeros(9, bool), 9))
+    with pytest.raises(UserError, match="No space left"):
+        writer.close()
+    writer.close()
