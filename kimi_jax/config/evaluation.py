@@ -32,7 +32,7 @@ class LmEval(Config):
 
     kind: Literal["lm_eval"] = "lm_eval"
     tasks: tuple[str, ...]
-    """Names that the harness knows, or that `include` defines; `mmlu_*` means several."""
+    """Names that the harness knows, or that `include` defines; `mmlu` is a group, `*` stands for any letters."""
     limit: PositiveInt | None = None
     """Documents per task; unset: all."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None

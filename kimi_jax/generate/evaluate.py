@@ -112,7 +112,7 @@ def _make_folder(output: Path) -> None:
 
 
 def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple["Tasks", list[str]]:
-    """Returns the harness's index of tasks, and the names in it that are meant: `mmlu_*` means several.
+    """Returns the harness's index of tasks, and the names in it that are meant, `*` standing for any letters.
 
     Raises:
       UserError: a task that it does not have, or `include` is no directory.
@@ -140,7 +140,7 @@ def rehearse(known: "Tasks", names: list[str], cfg: ModelConfig, tokenizer: Toke
         run_tasks(Rehearsal(cfg, tokenizer), known, names, bootstrap_iters=0, **settings)
     except UserError:
         raise
-    except (OSError, ImportError, ValueError) as error:  # no file or network; a package that a task needs; its settings
+    except Exception as error:  # no file, no network, a package that a task needs, its code: errors of many types
         raise UserError(f"tasks {', '.join(names)}: {' '.join(str(error).split())}") from error
 
 
