@@ -120,7 +120,7 @@ class Train(Config):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared log-sum-exp of the logits."""
     loss_chunk: PositiveInt | None = None
-    """Tokens whose logits exist at one time; unset: 8192, or as many as take 4 GiB with the gradient of the logits."""
+    """Tokens whose logits exist at one time; unset: 32768, or as many as take 6 GiB with the gradient of the logits."""
     remat: Remat = NoRemat()
     non_finite: NonFinite = StopOnNonFinite()
     log_every: PositiveInt = 10

@@ -82,14 +82,21 @@ class ChannelDecayGate(nnx.Module):
         self.up = param(normal(rngs, (cfg.rank, HV, K), std), axes=("rank", "heads", "head_dim"))
         self.gate = build_gate(cfg.gate, shape=(HV, K), rngs=rngs)
 
+    @property
+    def narrow(self) -> Float[Array, "D R"]:
+        return self.down[...]
+
     @jax.named_scope("decay")
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T HV K"], OperatorGate]:
-        low_BTR = project("BTD,DR->BTR", x_BTD, self.down[...])
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], low_BTR: Float[Array, "B T R"]
+    ) -> tuple[Float[Array, "B T HV K"], OperatorGate]:
         return project("BTR,RHK->BTHK", low_BTR, self.up[...]), self.gate.values()
 
 
 class HeadDecayGate(nnx.Module):
     """One decay per head, straight from the input."""
+
+    narrow = None
 
     def __init__(self, cfg: HeadDecay, mixer: LinearMixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
         self.key_dim = mixer.key_dim
@@ -103,7 +110,7 @@ class HeadDecayGate(nnx.Module):
         raw_BTH = jnp.einsum("BTD,DH->BTH", x_BTD, weight, preferred_element_type=jnp.float32)
         return self.gate.values().log_decay(raw_BTH[..., None])[..., 0]
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T HV K"], OperatorGate]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], low: None) -> tuple[Float[Array, "B T HV K"], OperatorGate]:
         g_BTH = self.log_decay(x_BTD)
         return jnp.broadcast_to(g_BTH[..., None], (*g_BTH.shape, self.key_dim)), None
 
@@ -111,10 +118,12 @@ class HeadDecayGate(nnx.Module):
 class NoDecayGate(nnx.Module):
     """g = 0: nothing is forgotten."""
 
+    narrow = None
+
     def __init__(self, cfg: NoDecay, mixer: LinearMixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
         self.shape = (mixer.value_heads, mixer.key_dim)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T HV K"], OperatorGate]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], low: None) -> tuple[Float[Array, "B T HV K"], OperatorGate]:
         return jnp.zeros((*x_BTD.shape[:2], *self.shape), jnp.float32), None
 
 
@@ -124,5 +133,6 @@ DECAYS = {ChannelDecay: ChannelDecayGate, HeadDecay: HeadDecayGate, NoDecay: NoD
 def build_decay(
     cfg: Decay, mixer: LinearMixer, *, model_dim: int, std: float, rngs: nnx.Rngs
 ) -> ChannelDecayGate | HeadDecayGate | NoDecayGate:
-    """Builds the module of a `decay:` config: x -> (log-decay, None) or (raw logit, gate for the operator to apply)."""
+    """Builds the module of a `decay:` config: (x, x times its `narrow` matrix if it has one) -> (log-decay, None), or
+    (raw logit, gate for the operator to apply)."""
     return DECAYS[type(cfg)](cfg, mixer, model_dim=model_dim, std=std, rngs=rngs)

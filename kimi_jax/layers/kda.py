@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.config.mixer import KdaMixer
 from kimi_jax.layers.cache import RecurrentCache
+from kimi_jax.layers.linear import fan_out
 from kimi_jax.layers.recurrent import RecurrentMixer
 from pallas_kernels.kda.api import chunk_kda, step_kda
 
@@ -26,10 +27,12 @@ class Kda(RecurrentMixer):
         cache: RecurrentCache | None = None,
         segment_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RecurrentCache | None]:
+        x_BTD, for_rest = fan_out(x_BTD, 2)
+        low = self.project_narrow(for_rest)
         q, k, v, conv = self.qkv(x_BTD, cache and cache.conv, segment_ids_BT)
-        g, gate = self.decay(x_BTD)
-        o, state = self._delta_rule(q, k, v, g, self.beta(x_BTD), gate, cache and cache.state, segment_ids_BT)
-        return self.output(o, x_BTD), None if cache is None else RecurrentCache(state, conv)
+        g, gate = self.decay(for_rest, low.decay)
+        o, state = self._delta_rule(q, k, v, g, self.beta(low.beta), gate, cache and cache.state, segment_ids_BT)
+        return self.output(o, low.output), None if cache is None else RecurrentCache(state, conv)
 
     def _delta_rule(self, q, k, v, g, beta, gate, state, segment_ids):
         settings = {"gate": gate, "normalize_qk": True}

@@ -1,6 +1,8 @@
-"""The product of activations with a weight: in which dtype it runs, and in which its gradients come back."""
+"""Products of activations with weights: in which dtype they run, and how their gradients come back."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,3 +44,44 @@ def _project_bwd(spec, saved, dy):
 
 
 _project.defvjp(_project_fwd, _project_bwd)
+
+
+def project_narrow(x: Float[Array, "B T D"], weights: Sequence[Float[Array, "D R"]]) -> list[Float[Array, "B T R"]]:
+    """Contracts activations with several matrices of few columns as one: x, and its gradient, pass through memory once.
+
+    Args:
+      weights: of one dtype.
+    """
+    ends = list(itertools.accumulate(w.shape[1] for w in weights))
+    return jnp.split(project("BTD,DR->BTR", apart(x), jnp.concatenate(weights, axis=1)), ends[:-1], axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def fan_out(x: Float[Array, "..."], uses: int) -> tuple[Float[Array, "..."], ...]:
+    """Gives each of the projections that read x its own name for it.
+
+    Their gradients are summed one onto the other, the new one on the left: so XLA adds every one inside the product
+    that makes it, where of the sums of automatic differentiation every other one is a pass of its own.
+    """
+    return (x,) * uses
+
+
+def _fan_out_fwd(x, uses):
+    return fan_out(x, uses), None
+
+
+def _fan_out_bwd(uses, saved, gradients):
+    del uses, saved
+    return (functools.reduce(lambda total, gradient: gradient + total, gradients),)
+
+
+fan_out.defvjp(_fan_out_fwd, _fan_out_bwd)
+
+
+@jax.custom_vjp
+def apart(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x, which XLA takes for another array: it makes small products part of large ones of the same, and copies both."""
+    return jax.lax.optimization_barrier(x)
+
+
+apart.defvjp(lambda x: (apart(x), None), lambda _, dx: (dx,))

@@ -27,12 +27,13 @@ class Mamba2(RecurrentMixer):
         cache: RecurrentCache | None = None,
         segment_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RecurrentCache | None]:
+        low = self.project_narrow(x_BTD)
         q, k, v, conv = self.qkv(x_BTD, cache and cache.conv, segment_ids_BT)
         o, state = chunk_ssd(
-            *(l2_normalize(q), l2_normalize(k), v, self.decay.log_decay(x_BTD), self.beta(x_BTD)),
+            *(l2_normalize(q), l2_normalize(k), v, self.decay.log_decay(x_BTD), self.beta(low.beta)),
             initial_state=cache and cache.state,
             segment_ids=segment_ids_BT,
             implementation=self.implementation,
             tile=self.chunk_size,
         )
-        return self.output(o, x_BTD), None if cache is None else RecurrentCache(state, conv)
+        return self.output(o, low.output), None if cache is None else RecurrentCache(state, conv)

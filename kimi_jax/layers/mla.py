@@ -9,7 +9,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from kimi_jax.config.mixer import MlaMixer, NoPosition, Position, Rope
 from kimi_jax.layers.cache import MlaCache, Placement, place_tokens
-from kimi_jax.layers.linear import project
+from kimi_jax.layers.linear import apart, project
 from kimi_jax.layers.norm import RMSNorm
 from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.rope import rotate
@@ -102,7 +102,7 @@ class Mla(nnx.Module):
 
     def _project(self, x_BTD, placement: Placement):
         query = project("BTD,DHK->BTHK", x_BTD, self.query[...])
-        down = project("BTD,DR->BTR", x_BTD, self.latent_down[...])
+        down = project("BTD,DR->BTR", apart(x_BTD), self.latent_down[...])
         query_nope, query_shared = jnp.split(query, [self.nope_dim], axis=-1)
         latent, shared_key = jnp.split(down, [self.latent_dim], axis=-1)
         query_shared = self.rotation(query_shared, placement.position)

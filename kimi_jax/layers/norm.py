@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kimi_jax.layers.param import param
+from pallas_kernels.rms_norm.api import rms_norm_gradients
 
 
 def rms_normalize(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
@@ -27,29 +28,51 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return rms_norm(x, self.weight[...], self.eps)
 
+    @jax.named_scope("rms_norm")
+    def beside(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """Returns (x, norm of x), for a residual connection."""
+        return norm_beside(x, self.weight[...], self.eps)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "B T D"], weight_D: Float[Array, "D"], eps: float) -> Float[Array, "B T D"]:
-    """The norm of `RMSNorm`; the backward keeps x and one number per token, and sums the gain's gradient in float32."""
+    """The norm of `RMSNorm`; the backward keeps x alone, and sums the gain's gradient in float32."""
     return rms_normalize(x, eps).astype(x.dtype) * weight_D.astype(x.dtype)[None, None, :]
 
 
 def _rms_norm_fwd(x, weight_D, eps):
-    wide = x.astype(jnp.float32)
-    scale_BT1 = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    normed = (wide * scale_BT1).astype(x.dtype)
-    return normed * weight_D.astype(x.dtype)[None, None, :], (x, scale_BT1, weight_D)
+    return rms_norm(x, weight_D, eps), (x, weight_D)  # one kernel, where keeping the scale of each token makes two
 
 
 def _rms_norm_bwd(eps, saved, dy):
-    x, scale_BT1, weight_D = saved
-    normed, dy = x.astype(jnp.float32) * scale_BT1, dy.astype(jnp.float32)
-    d_normed = dy * weight_D.astype(jnp.float32)[None, None, :]
-    dx = scale_BT1 * (d_normed - normed * jnp.mean(d_normed * normed, -1, keepdims=True))
-    return dx.astype(x.dtype), jnp.sum(dy * normed, axis=(0, 1)).astype(weight_D.dtype)
+    x, weight_D = saved
+    dx, d_weight = rms_norm_gradients(x, weight_D, dy, None, eps=eps, implementation="reference")  # XLA fuses it
+    return dx, d_weight.astype(weight_D.dtype)
 
 
 rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def norm_beside(
+    x: Float[Array, "B T D"], weight_D: Float[Array, "D"], eps: float
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """(x, its norm): the backward adds the gradients of both where the norm's is formed."""
+    return x, rms_norm(x, weight_D, eps)
+
+
+def _norm_beside_fwd(x, weight_D, eps):
+    return norm_beside(x, weight_D, eps), (x, weight_D)
+
+
+def _norm_beside_bwd(eps, saved, gradients):
+    x, weight_D = saved
+    d_beside, dy = gradients
+    dx, d_weight = rms_norm_gradients(x, weight_D, dy, d_beside, eps=eps)
+    return dx, d_weight.astype(weight_D.dtype)
+
+
+norm_beside.defvjp(_norm_beside_fwd, _norm_beside_bwd)
 
 
 def l2_normalize(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B K"]:

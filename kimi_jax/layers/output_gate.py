@@ -23,10 +23,13 @@ class LowRankGate(nnx.Module):
         self.down = param(normal(rngs, (model_dim, cfg.rank), std), axes=("embed", "rank"))
         self.up = param(normal(rngs, (cfg.rank, HV, V), std), axes=("rank", "heads", "head_dim"))
 
+    @property
+    def narrow(self) -> Float[Array, "D R"]:
+        return self.down[...]
+
     def __call__(
-        self, o_BTHV: Float[Array, "B T HV V"], x_BTD: Float[Array, "B T D"], gain_V: Float[Array, "V"], eps: float
+        self, o_BTHV: Float[Array, "B T HV V"], low_BTR: Float[Array, "B T R"], gain_V: Float[Array, "V"], eps: float
     ) -> Float[Array, "B T HV V"]:
-        low_BTR = project("BTD,DR->BTR", x_BTD, self.down[...])
         z_BTHV = project("BTR,RHV->BTHV", low_BTR, self.up[...])
         return gated_rms_norm(o_BTHV, z_BTHV, gain_V, eps=eps, activation=self.activation)
 
@@ -34,13 +37,15 @@ class LowRankGate(nnx.Module):
 class Ungated(nnx.Module):
     """RMSNorm alone."""
 
+    narrow = None
+
     def __init__(self, cfg: NoGate, mixer: LinearMixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
         del cfg, mixer, model_dim, std, rngs
 
     def __call__(
-        self, o_BTHV: Float[Array, "B T HV V"], x_BTD: Float[Array, "B T D"], gain_V: Float[Array, "V"], eps: float
+        self, o_BTHV: Float[Array, "B T HV V"], low: None, gain_V: Float[Array, "V"], eps: float
     ) -> Float[Array, "B T HV V"]:
-        return (rms_normalize(o_BTHV, eps) * gain_V[None, None, None, :]).astype(x_BTD.dtype)
+        return (rms_normalize(o_BTHV, eps) * gain_V[None, None, None, :]).astype(o_BTHV.dtype)
 
 
 OUTPUT_GATES = {SigmoidGate: LowRankGate, SwishGate: LowRankGate, NoGate: Ungated}
@@ -64,6 +69,9 @@ class GatedOutput(nnx.Module):
         self.weight = param(normal(rngs, (HV, V, model_dim), std), axes=("heads", "head_dim", "embed"))
 
     @jax.named_scope("output")
-    def __call__(self, o_BTHV: Float[Array, "B T HV V"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gated = self.gate(o_BTHV, x_BTD, self.norm[...], self.eps)
+    def __call__(
+        self, o_BTHV: Float[Array, "B T HV V"], low_BTR: Float[Array, "B T R"] | None
+    ) -> Float[Array, "B T D"]:
+        """`low_BTR`: the layer's input times the gate's `narrow` matrix, if it has one."""
+        gated = self.gate(o_BTHV, low_BTR, self.norm[...], self.eps)
         return project("BTHV,HVD->BTD", gated, self.weight[...])

@@ -7,7 +7,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from kimi_jax.config.mixer import LinearMixer
 from kimi_jax.layers.cache import ConvCache
-from kimi_jax.layers.linear import project
+from kimi_jax.layers.linear import fan_out, project
 from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.short_conv import build_conv
 
@@ -38,8 +38,8 @@ class ConvolvedQkv(nnx.Module):
             (self.value, self.value_conv, cache and cache.value),
         )
         projected = [
-            conv(project("BTD,DHK->BTHK", x_BTD, weight[...]), conv_cache, segment_ids_BT)
-            for weight, conv, conv_cache in streams
+            conv(project("BTD,DHK->BTHK", x, weight[...]), conv_cache, segment_ids_BT)
+            for x, (weight, conv, conv_cache) in zip(fan_out(x_BTD, 3), streams, strict=True)
         ]
         (q, query_cache), (k, key_cache), (v, value_cache) = projected
         return q, k, v, ConvCache(query_cache, key_cache, value_cache)
@@ -51,5 +51,10 @@ class StepSize(nnx.Module):
     def __init__(self, cfg: LinearMixer, *, model_dim: int, std: float, rngs: nnx.Rngs):
         self.weight = param(normal(rngs, (model_dim, cfg.value_heads), std), axes=("embed", "heads"))
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T HV"]:
-        return jax.nn.sigmoid(project("BTD,DH->BTH", x_BTD, self.weight[...]).astype(jnp.float32))
+    @property
+    def narrow(self) -> Float[Array, "D HV"]:
+        return self.weight[...]
+
+    def __call__(self, raw_BTH: Float[Array, "B T HV"]) -> Float[Array, "B T HV"]:
+        """`raw_BTH`: the layer's input times `narrow`."""
+        return jax.nn.sigmoid(raw_BTH.astype(jnp.float32))

@@ -1,14 +1,26 @@
 """What the linear-attention mixers are made of, whatever operator stands in their middle, and the cache they carry."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike, Float
 
 from kimi_jax.config.mixer import Decay, LinearMixer
 from kimi_jax.layers.cache import RecurrentCache
 from kimi_jax.layers.decay import build_decay
+from kimi_jax.layers.linear import project_narrow
 from kimi_jax.layers.output_gate import GatedOutput
 from kimi_jax.layers.qkv import ConvolvedQkv, StepSize
+
+
+class Narrow(NamedTuple):
+    """Matrices of few columns, or the layer's input times each of them; None: that part has none."""
+
+    decay: Float[Array, "... R"] | None
+    beta: Float[Array, "... HV"]
+    output: Float[Array, "... R"] | None
 
 
 class RecurrentMixer(nnx.Module):
@@ -21,6 +33,12 @@ class RecurrentMixer(nnx.Module):
         self.decay = build_decay(decay, cfg, model_dim=model_dim, std=std, rngs=rngs)
         self.beta = StepSize(cfg, model_dim=model_dim, std=std, rngs=rngs)
         self.output = GatedOutput(cfg, model_dim=model_dim, std=std, rngs=rngs)
+
+    def project_narrow(self, x_BTD: Float[Array, "B T D"]) -> Narrow:
+        """Contracts the layer's input with the matrices of few columns."""
+        weights = Narrow(self.decay.narrow, self.beta.narrow, self.output.gate.narrow)
+        leaves, structure = jax.tree.flatten(weights)
+        return jax.tree.unflatten(structure, project_narrow(x_BTD, leaves))
 
     def init_cache(self, batch: int, max_len: int, dtype: DTypeLike) -> RecurrentCache:
         """Makes the cache of an empty context; `max_len` does not matter to a recurrent state."""

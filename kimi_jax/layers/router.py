@@ -1,6 +1,5 @@
 """The router: which experts a token meets, with which weights, and what training learns about the balance."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -10,10 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.config.model import MoeFfn
 from kimi_jax.layers.param import buffer, normal, param
-from pallas_kernels.partition import Axes, partition
+from pallas_kernels.top_k.api import top_k
 
 WEIGHT_EPS = 1e-20  # added to the sum of the chosen scores before dividing by it
-TOP_K_AXES = Axes(("BT",), ("BT", "BT"))
 
 
 class RouterStats(NamedTuple):
@@ -52,8 +50,7 @@ class Router(nnx.Module):
         logits_BTE = multiply_exactly(jnp.where(valid_BT[..., None], x_BTD, 0), self.weight[...])
         score_BTE = jax.nn.sigmoid(logits_BTE)
         choice_BTE = jax.lax.stop_gradient(score_BTE + self.bias[...][None, None, :])
-        # By itself XLA brings the scores of all tokens to every device.
-        _, expert_BTk = partition(functools.partial(jax.lax.top_k, k=self.top_k), TOP_K_AXES, (choice_BTE,), {})
+        expert_BTk = top_k(choice_BTE, self.top_k)
         # A gather's gradient would be a scatter.
         chosen_BTkE = jax.nn.one_hot(expert_BTk, score_BTE.shape[-1], dtype=bool)
         weight_BTk = jnp.sum(jnp.where(chosen_BTkE, score_BTE[:, :, None, :], 0), -1)

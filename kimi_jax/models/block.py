@@ -42,7 +42,8 @@ class Block(nnx.Module):
         segment_ids_BT: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, RouterStats | None]:
         valid_BT: Bool[Array, "B T"] | None = None if segment_ids_BT is None else segment_ids_BT != 0
-        mixed_BTD, cache = self.mixer(self.mixer_norm(x_BTD), cache, segment_ids_BT)
-        x_BTD = x_BTD + mixed_BTD
-        y_BTD, stats = self.ffn(self.ffn_norm(x_BTD), valid_BT)
+        x_BTD, normed_BTD = self.mixer_norm.beside(x_BTD)
+        mixed_BTD, cache = self.mixer(normed_BTD, cache, segment_ids_BT)
+        x_BTD, normed_BTD = self.ffn_norm.beside(x_BTD + mixed_BTD)
+        y_BTD, stats = self.ffn(normed_BTD, valid_BT)
         return x_BTD + y_BTD, cache, stats

@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from kimi_jax.parallel.context import over_tokens
 from kimi_jax.parallel.rules import axes_of
 from kimi_jax.parallel.weights import gather_rounded
-from pallas_kernels.logits.api import Logits, is_target, logits
+from pallas_kernels.logits.api import Logits, cross_entropy_gradients, logits
 
-CHUNK_TOKENS = 8192  # per chunk: of fewer, the products and the sum of the weight's gradient become slow,
-CHUNK_BYTES = 2**32  # unless their logits (4 bytes) and the gradient of these (2) take more than this
+CHUNK_TOKENS = 32768  # per chunk: of fewer, the products and the sum of the weight's gradient become slow,
+CHUNK_BYTES = 6 * 2**30  # unless logits (4 bytes) and their gradient (2) take more than this; the kernel has a third
 LOGIT_BYTES = 6
 
 
@@ -73,7 +73,7 @@ def _token_cross_entropy(hidden_BTD, weight_DA, targets_BT, mask_BT, chunk: int 
 
     def per_chunk(_, inputs):
         hidden_BCD, targets_BC, mask_BC = inputs
-        values, lse, target = _logits(hidden_BCD, weight, targets_BC, "xla")  # in float32: rounding makes equals
+        values, lse, target = _logits(hidden_BCD, weight, targets_BC)
         losses = TokenLosses(
             cross_entropy=_masked(mask_BC, lse - target),
             log_sum_exp=_masked(mask_BC, lse),
@@ -132,16 +132,11 @@ def _forward(hidden_BTD, weight_DA, targets_BT, mask_BT, count, z_weight, chunk)
 
     def per_chunk(carry, inputs):
         (loss_sum, square_sum), d_weight = carry
-        hidden, targets, mask = inputs
-        values, lse, target = _logits(hidden, weight, targets, "auto")
-        sums = loss_sum + jnp.sum(_masked(mask, lse - target)), square_sum + jnp.sum(_masked(mask, jnp.square(lse)))
-        scale = _masked(mask, 1 / count)[..., None]
-        slope = scale * (1 + 2 * z_weight * lse[..., None])
-        d_logits = slope * jnp.exp(values - lse[..., None]) - jnp.where(is_target(targets, values), scale, 0.0)
-        d_logits = _masked(mask[..., None], d_logits).astype(hidden.dtype)  # both products run in the compute dtype
-        d_weight += jnp.einsum("BCD,BCA->DA", hidden, d_logits, preferred_element_type=jnp.float32)
-        d_hidden = jnp.einsum("BCA,DA->BCD", d_logits, weight, preferred_element_type=jnp.float32)
-        return (sums, d_weight), d_hidden.astype(hidden.dtype)
+        (hidden, targets, mask), chunk_shape = (x.reshape(-1, *x.shape[2:]) for x in inputs), inputs[0].shape
+        rows = cross_entropy_gradients(hidden, weight, targets, _masked(mask, 1 / count), z_weight=z_weight)
+        lse = _masked(mask, rows.log_sum_exp)
+        sums = loss_sum + jnp.sum(lse - _masked(mask, rows.target)), square_sum + jnp.sum(jnp.square(lse))
+        return (sums, d_weight + rows.d_weight), rows.d_x.reshape(chunk_shape)
 
     zeros = ((jnp.zeros(()), jnp.zeros(())), jnp.zeros(weight_DA.shape, jnp.float32))
     inputs = _to_chunks((hidden_BTD, targets_BT, mask_BT), weight_DA.shape[1], chunk)
@@ -163,9 +158,8 @@ _mean_cross_entropy.defvjp(_forward, _backward)
 
 
 # ------------------------------------------------------------------ one chunk
-def _logits(hidden_BCD: Array, weight_DA: Array, targets_BC: Array, implementation: str) -> Logits:
-    x_MD, targets_M = hidden_BCD.reshape(-1, hidden_BCD.shape[2]), targets_BC.reshape(-1)
-    rows = logits(x_MD, weight_DA, targets_M, implementation=implementation)
+def _logits(hidden_BCD: Array, weight_DA: Array, targets_BC: Array) -> Logits:
+    rows = logits(hidden_BCD.reshape(-1, hidden_BCD.shape[2]), weight_DA, targets_BC.reshape(-1))
     return jax.tree.map(lambda x: x.reshape(*targets_BC.shape, *x.shape[1:]), rows)
 
 

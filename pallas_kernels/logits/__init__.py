@@ -1,5 +1,5 @@
-"""Logits over a vocabulary together with the logarithm of the sum of their exponentials."""
+"""Logits over a vocabulary, and the gradients of their cross-entropy without another pass over them."""
 
-from pallas_kernels.logits.api import Logits, is_target, logits
+from pallas_kernels.logits.api import Gradients, Logits, cross_entropy_gradients, logits
 
-__all__ = ["Logits", "is_target", "logits"]
+__all__ = ["Gradients", "Logits", "cross_entropy_gradients", "logits"]

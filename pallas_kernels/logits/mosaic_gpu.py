@@ -1,4 +1,4 @@
-"""Logits on Hopper: float32 sums rounded to float16 once, and their exponentials summed before they leave the chip."""
+"""Exponentials of logits on Hopper, formed and summed before they leave the chip."""
 
 import math
 from typing import NamedTuple
@@ -11,6 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper import refuse_device
+from pallas_kernels.logits import relative
+from pallas_kernels.logits.relative import HIGHEST
 from pallas_kernels.partition import refuse_cut_matrices
 from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
@@ -26,13 +28,13 @@ from pallas_kernels.tiles_mosaic_gpu import (
     swizzled,
 )
 
-DTYPES = (jnp.bfloat16, jnp.float16)
-RESULT = jnp.float16  # three bits more than bfloat16: errors like those of rounding the gradient of the logits
-DEPTH = PIECE = piece_width(RESULT)  # columns of a step, and of a piece of the result on its way out
+DTYPE = jnp.bfloat16  # of what enters and leaves: exponentials need the exponents of float32
+DEPTH = PIECE = piece_width(DTYPE)  # columns of a step, and of a piece of the result on its way out
 WIDTHS = (256, 192, 128)  # of tiles; the first that divides the vocabulary, else the first, and the last tile is masked
 ALIGNMENT = 8  # rows, to whole multiples of which zeros are added: of a swizzled layout
 STAGES, SLOTS = 4, 2  # steps in shared memory; pieces per warpgroup on their way
 LOG2_E = math.log2(math.e)
+WGMMA = plgpu.Layout.WGMMA
 
 
 class Tile(NamedTuple):
@@ -43,33 +45,47 @@ class Tile(NamedTuple):
     steps: Array
 
 
-def refuse(x, weight, targets) -> str | None:
-    """Refuses all but Hopper GPUs and 16-bit rows of whole layouts."""
+def refuse(x, *_, **__) -> str | None:
+    """Refuses all but Hopper GPUs and bfloat16 rows of whole layouts."""
     return refuse_device() or refuse_cut_matrices() or unserved(x)
 
 
 def unserved(x) -> str | None:
     """The part of `refuse` that does not ask for devices."""
-    if x.dtype not in DTYPES:
-        return f"x must be bfloat16 or float16, got {x.dtype}"
+    if x.dtype != DTYPE:
+        return f"x must be {DTYPE.__name__}, got {x.dtype}"
     if x.shape[1] % DEPTH:
         return f"rows must be multiples of {DEPTH} wide, got {x.shape[1]}"
     return None
 
 
+def cross_entropy_gradients(
+    x: Float[Array, "M D"],
+    weight: Float[Array, "D A"],
+    targets: Int[Array, "M"],
+    scale: Float[Array, "M"],
+    *,
+    z_weight: float,
+    cut_over: tuple[str, ...],
+) -> tuple[Float[Array, "M"], Float[Array, "M"], Float[Array, "M D"], Float[Array, "D A"]]:
+    """See `api.cross_entropy_gradients`; the vocabulary is cut over axes of the mesh."""
+    return relative.cross_entropy_gradients(exponentials, x, weight, targets, scale, z_weight, cut_over)
+
+
 @jax.custom_batching.sequential_vmap
-def logits(
-    x: Float[Array, "M D"], weight: Float[Array, "D A"], targets: Int[Array, "M"]
-) -> tuple[Float[Array, "M A"], Float[Array, "M"], Float[Array, "M"]]:
-    """See `api.logits`; tiles that share columns of the weight are neighbours, so that it is read once."""
+def exponentials(
+    x: Float[Array, "M D"], weight: Float[Array, "D A"], reference: Float[Array, "M"]
+) -> tuple[Float[Array, "M A"], Float[Array, "M"]]:
+    """See `relative.Exponentials`; tiles that share columns of the weight are neighbours, so that it is read once."""
     (num_rows, D), A = x.shape, weight.shape[1]
     x = jnp.pad(x, ((0, -num_rows % ALIGNMENT), (0, 0)))
     weight = jnp.pad(weight, ((0, 0), (0, max(WIDTHS[0] - A, -A % PIECE))))  # whole layouts, at least a tile
     M = x.shape[0]
     width = next((width for width in WIDTHS if A % width == 0), WIDTHS[0])
     down, across, steps = -(-M // ROWS), -(-A // width), D // DEPTH
+    reference = jnp.pad(reference * LOG2_E, (0, down * ROWS - num_rows))
 
-    def logits_and_sums(x, weight, values, sums, left, right, staged, vectors, full, empty):
+    def exponentials_of_logits(x, weight, reference, values, sums, left, right, staged, vectors, full, empty):
         warpgroup = lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * HEIGHT, HEIGHT)
 
@@ -86,12 +102,17 @@ def logits(
 
         def finish(tile, accumulated, take):
             rows = pl.ds(tile.row * ROWS + warpgroup * HEIGHT, HEIGHT)
+            relative_to = plgpu.load(reference.at[rows], layout=WGMMA.reduce(1), optimized=False)
+            exponents = accumulated[0] * LOG2_E - lax.broadcast_in_dim(relative_to, (HEIGHT, width), (0,))
+            powers = jnp.exp2(jnp.minimum(exponents, HIGHEST))
+            if A % width:
+                column = plgpu.broadcasted_iota(jnp.int32, powers.shape, 1, layout=WGMMA)
+                powers = jnp.where(column < A - tile.column * width, powers, 0.0)
             # Without the barrier the compiler reads accumulators while products run, and serialises these.
-            rounded = lax.optimization_barrier(accumulated[0].astype(RESULT))
+            rounded, total = lax.optimization_barrier((powers.astype(DTYPE), jnp.sum(powers, 1)))
             place = lambda column: values.at[rows, pl.ds(tile.column * width + column, PIECE)]
             Pieces(staged.at[warpgroup]).store(rounded, place)
-            left_over = A - tile.column * width if A % width else None
-            vectors[warpgroup] = _log_sum_exp(rounded.astype(f32), left_over)
+            vectors[warpgroup] = total
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(vectors.at[warpgroup], sums.at[tile.column, rows])
 
@@ -99,24 +120,12 @@ def logits(
         run_tiles(work, jnp.int32(down * across), [(HEIGHT, width)], full, empty)
 
     scratch = [
-        swizzled(STAGES, ROWS, DEPTH, dtype=x.dtype),
-        swizzled(STAGES, DEPTH, width, dtype=x.dtype),
-        swizzled(WARPGROUPS, SLOTS, HEIGHT, PIECE, dtype=RESULT),
+        swizzled(STAGES, ROWS, DEPTH, dtype=DTYPE),
+        swizzled(STAGES, DEPTH, width, dtype=DTYPE),
+        swizzled(WARPGROUPS, SLOTS, HEIGHT, PIECE, dtype=DTYPE),
         plgpu.SMEM((WARPGROUPS, HEIGHT), f32),
         *barriers(STAGES, 2),
     ]
-    results = [jax.ShapeDtypeStruct((M, weight.shape[1]), RESULT), jax.ShapeDtypeStruct((across, down * ROWS), f32)]
-    values, sums = launch(logits_and_sums, results, scratch)(x, weight)
-    values = values[:num_rows, :A]
-    target = jnp.take_along_axis(values, targets[:, None], axis=1)[:, 0].astype(f32)
-    return values, jax.nn.logsumexp(sums[:, :num_rows], axis=0), target
-
-
-def _log_sum_exp(values: Float[Array, "R C"], num_columns: Array | None) -> Float[Array, "R"]:
-    """Of each row, of its first columns alone if it ends inside the tile; a row's values are in four threads."""
-    if num_columns is not None:
-        column = plgpu.broadcasted_iota(jnp.int32, values.shape, 1, layout=plgpu.Layout.WGMMA)
-        values = jnp.where(column < num_columns, values, -jnp.inf)
-    peak = jnp.max(values, 1) * LOG2_E
-    total = jnp.sum(jnp.exp2(values * LOG2_E - lax.broadcast_in_dim(peak, values.shape, (0,))), 1)
-    return peak / LOG2_E + lax.log(total)
+    results = [jax.ShapeDtypeStruct((M, weight.shape[1]), DTYPE), jax.ShapeDtypeStruct((across, down * ROWS), f32)]
+    values, sums = launch(exponentials_of_logits, results, scratch)(x, weight, reference)
+    return values[:num_rows, :A], jnp.sum(sums[:, :num_rows], axis=0)

@@ -1,4 +1,4 @@
-"""Logits in plain JAX, in float32, and their log-sum-exp in another pass over them."""
+"""Logits in plain JAX, in float32; their log-sum-exp, and the gradient of their cross-entropy, in other passes."""
 
 import functools
 
@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.logits.vocabulary import log_sum_exp_of_parts, numbers_here
 
 LOWEST = -1e30  # finite: the difference of two of them is 0, not NaN
 
@@ -16,6 +18,28 @@ def logits(
     """See `api.logits`."""
     values = jnp.einsum("MD,DA->MA", x, weight, preferred_element_type=jnp.float32)
     return values, log_sum_exp(values), jnp.sum(jnp.where(is_target(targets, values), values, 0.0), axis=-1)
+
+
+def cross_entropy_gradients(
+    x: Float[Array, "M D"],
+    weight: Float[Array, "D A"],
+    targets: Int[Array, "M"],
+    scale: Float[Array, "M"],
+    *,
+    z_weight: float,
+    cut_over: tuple[str, ...],
+) -> tuple[Float[Array, "M"], Float[Array, "M"], Float[Array, "M D"], Float[Array, "D A"]]:
+    """See `api.cross_entropy_gradients`; the vocabulary is cut over axes of the mesh."""
+    here = numbers_here(targets, weight.shape[1], cut_over)
+    values, part, target = logits(x, weight, here)
+    lse = log_sum_exp_of_parts(part, cut_over)
+    slope = scale * (1 + 2 * z_weight * lse)
+    d_logits = slope[:, None] * jnp.exp(values - lse[:, None])
+    d_logits -= jnp.where(is_target(here, values), scale[:, None], 0.0)
+    d_logits = jnp.where(scale[:, None] == 0, 0, d_logits).astype(x.dtype)  # both products run in the dtype of x
+    d_x = lax.psum(jnp.einsum("MA,DA->MD", d_logits, weight, preferred_element_type=jnp.float32), cut_over)
+    d_weight = jnp.einsum("MD,MA->DA", x, d_logits, preferred_element_type=jnp.float32)
+    return lse, lax.psum(target, cut_over), d_x.astype(x.dtype), d_weight
 
 
 def is_target(targets: Int[Array, "..."], values: Float[Array, "... A"]) -> Bool[Array, "... A"]:

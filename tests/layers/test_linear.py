@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.layers.linear import project
+from kimi_jax.layers.linear import fan_out, project, project_narrow
 
 SHAPES = {
     "BTD,DHK->BTHK": ((2, 9, 6), (6, 3, 4)),
@@ -40,3 +40,19 @@ def test_values_and_gradients(spec, dtype):
     for name, got in (("y", y), ("dx", dx), ("dw", dw)):
         error = np.max(np.abs(np.asarray(got, np.float64) - want[name])) / np.max(np.abs(want[name]))
         assert error <= TOLERANCE[dtype][name], f"{name}: error {error:.1e}"
+
+
+def test_narrow_products_are_those_of_each_matrix():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
+    weights = [jnp.asarray(rng.normal(size=(8, n)), jnp.float32) for n in (4, 1, 3)]
+
+    def together(x, *weights):
+        for_one, for_other = fan_out(x, 2)
+        return sum(jnp.sum(jnp.sin(y)) for y in project_narrow(for_one, weights)) + jnp.sum(for_other**2)
+
+    def each(x, *weights):
+        return sum(jnp.sum(jnp.sin(jnp.einsum("BTD,DR->BTR", x, w))) for w in weights) + jnp.sum(x**2)
+
+    got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(x, *weights) for f in (together, each))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)

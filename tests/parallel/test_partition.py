@@ -15,6 +15,8 @@ from kimi_jax.parallel.rules import batch_sharding
 from kimi_jax.train.state import Recipe
 from kimi_jax.train.step import build_train_step
 from pallas_kernels import dispatch, hopper
+from pallas_kernels.logits import api as logits
+from pallas_kernels.logits import relative, xla
 from pallas_kernels.mla.api import mla_attention
 from pallas_kernels.partition import Axes, partition
 
@@ -72,6 +74,31 @@ def test_the_largest_logit_of_a_head_is_that_of_all_rows():
         np.testing.assert_allclose(many, one, rtol=1e-6, atol=1e-6)
 
 
+def _relative(*arguments, z_weight, cut_over):
+    """The kernel's form with exponentials in plain JAX."""
+
+    def exponentials(x, weight, reference):
+        powers = jnp.exp(jnp.einsum("MD,DA->MA", x, weight) - reference[:, None])
+        return powers, jnp.sum(powers, 1)
+
+    return relative.cross_entropy_gradients(exponentials, *arguments, z_weight, cut_over)
+
+
+@multi_device
+@pytest.mark.parametrize("form", [xla.cross_entropy_gradients, _relative])
+def test_gradients_of_a_vocabulary_in_parts(monkeypatch, form):
+    monkeypatch.setattr(logits, "IMPLEMENTATIONS", {"form": dispatch.Implementation(form)})
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, weight = jax.random.normal(keys[0], (12, 8)), jax.random.normal(keys[1], (8, 32))
+    targets, scale = jax.random.randint(keys[2], (12,), 0, 32), jnp.arange(12.0) / 12
+    run = jax.jit(functools.partial(logits.cross_entropy_gradients, z_weight=0.1))
+    want = run(x, weight, targets, scale)
+    with jax.set_mesh(build_mesh(config.Mesh(data=2, tensor=4))):
+        got = run(x, weight, targets, scale)
+    for one, many in zip(want, got, strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6)
+
+
 KERNELS = [  # sizes that the Hopper kernels take; bfloat16
     "model.num_layers=2",
     "model.pattern=[kda, mla]",
@@ -79,7 +106,7 @@ KERNELS = [  # sizes that the Hopper kernels take; bfloat16
     "model.vocab_size=512",
     "model.mixers.kda={kind: kda, num_heads: 2, implementation: mosaic_gpu}",
     "model.mixers.mla={kind: mla, num_heads: 2, implementation: mosaic_gpu}",
-    "model.ffn={kind: moe, num_experts: 4, top_k: 2, hidden_dim: 256, implementation: mosaic_gpu}",
+    "model.ffn={kind: moe, num_experts: 32, top_k: 2, hidden_dim: 256, implementation: mosaic_gpu}",
     "model.dense_hidden_dim=256",
     "train.batch_size=8",
     "data.seq_len=1024",

@@ -1,0 +1,35 @@
+"""Public entry of the largest values' places: signature and the table of implementations."""
+
+import math
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.partition import Axes
+from pallas_kernels.top_k import mosaic_gpu, reference
+
+__all__ = ["FEW_IMPLEMENTATIONS", "FEW_ROWS", "IMPLEMENTATIONS", "top_k"]
+
+IMPLEMENTATIONS = {  # fastest first
+    "mosaic_gpu": Implementation(mosaic_gpu.top_k, mosaic_gpu.refuse),
+    "reference": Implementation(reference.top_k),
+}
+# Few rows, as in decoding: XLA's sort is as fast.
+FEW_ROWS = 1024
+FEW_IMPLEMENTATIONS = {"reference": IMPLEMENTATIONS["reference"]}
+AXES = Axes(("BT",), "BT")
+
+
+def top_k(values: Float[Array, "B T E"], k: int, *, implementation: str = "auto") -> Int[Array, "B T k"]:
+    """Returns the places of the k largest of each row, the largest first; of equals, the first come first.
+
+    Args:
+      values: float32.
+      k: at most E.
+      implementation: "auto" or a key of `IMPLEMENTATIONS`; up to `FEW_ROWS` rows, of `FEW_IMPLEMENTATIONS`.
+
+    Raises:
+      NotImplementedError: the implementation refuses these arguments; the message says why.
+    """
+    implementations = IMPLEMENTATIONS if math.prod(values.shape[:-1]) > FEW_ROWS else FEW_IMPLEMENTATIONS
+    return call("top_k", implementations, implementation, values, k=k, axes=AXES)
