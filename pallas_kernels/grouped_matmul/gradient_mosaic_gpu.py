@@ -14,16 +14,20 @@ from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, sum_befor
 from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
     WARPGROUPS,
-    Pieces,
     Work,
     barriers,
+    cut,
+    keep,
     launch,
+    nothing_kept,
     piece_width,
     run_tiles,
+    store_piece,
     swizzled,
 )
 
 TALL = WARPGROUPS * HEIGHT  # rows of a tile of the result, which are columns of x
+KEPT_PIECES = 4  # 64 registers per thread beside the accumulators of the next tile; a float32 tile has 8
 
 
 class Tile(NamedTuple):
@@ -56,6 +60,9 @@ def multiply_transposed(
     width, depth, stages = tile_width(F, config.columns), config.depth, config.stages
     assert D >= TALL, f"{D=}: fill up to {TALL}"  # see `choose_width`
     down, across = -(-D // TALL), -(-F // width)
+    at_a_time = piece_width(dtype)
+    pieces = width // at_a_time
+    at_once = max(0, pieces - KEPT_PIECES)
     bounds = _largest_first(group_sizes.astype(jnp.int32))
     layout = plgpu.Layout.WGMMA
 
@@ -88,13 +95,22 @@ def multiply_transposed(
 
             plgpu.wgmma(accumulators[0], part.T, right.at[slot])
 
-        def finish(tile, values, take):
-            rows = pl.ds(tile.down * TALL + mine, HEIGHT)
-            pieces = Pieces(slots.at[warpgroup])
-            columns = lambda c: pl.ds(tile.across * width + c, piece_width(dtype))
-            pieces.store(values[0].astype(dtype), lambda c: dw.at[tile.group, rows, columns(c)])
+        def store_one(group, down, across, values, which, number):
+            rows = pl.ds(down * TALL + mine, HEIGHT)
+            columns = pl.ds(across * width + number * at_a_time, at_a_time)
+            store_piece(slots.at[warpgroup], number, values, which, dw.at[group, rows, columns])
 
-        work = Work(describe, load, multiply, finish)
+        def finish(tile, values, take):
+            place, parts = (tile.group, tile.down, tile.across), cut(values[0], dtype)
+            for i in range(at_once):
+                store_one(*place, parts, i, i)
+            return *place, keep(parts[at_once:])
+
+        def store(kept, part):
+            store_one(*kept, part, at_once + part)
+
+        nothing = 0, 0, 0, nothing_kept(pieces - at_once, dtype)
+        work = Work(describe, load, multiply, finish, store=store, parts=pieces - at_once, nothing=nothing)
         run_tiles(work, jnp.int32(num_groups * down * across), [(HEIGHT, width)], full, empty)
 
     scratch = [

@@ -9,14 +9,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul.store_mosaic_gpu import OwnRows, staging
+from pallas_kernels.grouped_matmul.store_mosaic_gpu import NO_ROWS, own_rows, staging, store_rows
 from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, choose_width
 from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
     ROWS,
     Work,
     barriers,
+    cut,
+    keep,
     launch,
+    nothing_kept,
+    piece_width,
     run_tiles,
     swizzled,
 )
@@ -52,10 +56,11 @@ def multiply_rows(
     N = w.shape[1] if transposed else w.shape[2]
     width = tile_width(N, config.columns)
     steps, across = K // depth, -(-N // width)
+    at_a_time = piece_width(x.dtype)
 
     def grouped_product(tiles, count, *refs):
         operands, (y, left, right, staged, full, empty) = refs[: 2 * len(pairs)], refs[2 * len(pairs) :]
-        mine = lax.axis_index("warpgroup") * HEIGHT
+        warpgroup = lax.axis_index("warpgroup")
 
         def load(tile, step, slot):
             for i, (x, w) in enumerate(zip(operands[::2], operands[1::2], strict=True)):
@@ -69,13 +74,18 @@ def multiply_rows(
 
         def multiply(tile, step, slot, accumulators):
             matrix = right.at[slot].T if transposed else right.at[slot]
-            plgpu.wgmma(accumulators[0], left.at[slot, pl.ds(mine, HEIGHT)], matrix)
+            plgpu.wgmma(accumulators[0], left.at[slot, pl.ds(warpgroup * HEIGHT, HEIGHT)], matrix)
 
         def finish(tile, values, take):
-            OwnRows(tile, staged).store([(values[0].astype(y.dtype), y, tile.column * width)])
+            return own_rows(tile), tile.column, keep(cut(values[0], y.dtype))
+
+        def store(kept, part):
+            rows, column, pieces = kept
+            store_rows(staged, rows, part, pieces, part, y, column * width + part * at_a_time)
 
         describe = describe_tiles(tiles, w.shape[0], across, steps * len(pairs))
-        work = Work(describe, load, multiply, finish)
+        nothing = NO_ROWS, 0, nothing_kept(width // at_a_time, y.dtype)
+        work = Work(describe, load, multiply, finish, store=store, parts=width // at_a_time, nothing=nothing)
         run_tiles(work, count[0] * across, [(HEIGHT, width)], full, empty)
 
     scratch = [

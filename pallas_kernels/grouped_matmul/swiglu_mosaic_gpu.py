@@ -10,15 +10,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.product_mosaic_gpu import describe_tiles, tile_width
-from pallas_kernels.grouped_matmul.store_mosaic_gpu import OwnRows, staging
+from pallas_kernels.grouped_matmul.store_mosaic_gpu import (
+    NO_ROWS,
+    own_rows,
+    staging,
+    store_number,
+    store_rows,
+    store_together,
+)
 from pallas_kernels.grouped_matmul.tiles import TILE_COST, TileConfig, choose_width
 from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
     ROWS,
     Work,
     barriers,
+    cut,
     f32,
+    keep,
     launch,
+    nothing_kept,
     piece_width,
     run_tiles,
     swizzled,
@@ -43,8 +53,8 @@ def swiglu_rows(
     """
     depth, stages, dtype = config.depth, config.stages, x.dtype
     (num_rows, D), F = x.shape, gate.shape[2]
-    width = _half_width(F, config.columns // 2)
-    across = -(-F // width)
+    width, at_a_time = _half_width(F, config.columns // 2), piece_width(dtype)
+    across, pieces = -(-F // width), width // at_a_time
 
     def grouped_swiglu(tiles, count, x, gate, up, scale, h, g, u, left, right, staged, full, empty):
         mine = pl.ds(lax.axis_index("warpgroup") * HEIGHT, HEIGHT)
@@ -61,12 +71,22 @@ def swiglu_rows(
 
         def finish(tile, values, take):
             gated, raised = values
-            hidden = _by_row(scale, tile, width) * raised * gated * _sigmoid(gated)
-            results = ((hidden, h), (gated, g), (raised, u))
-            column = tile.column * width
-            OwnRows(tile, staged).store([(value.astype(dtype), y, column) for value, y in results])
+            hidden = cut(_by_row(scale, tile, width) * raised * gated * _sigmoid(gated), dtype)
+            rows = own_rows(tile)
+            for i in range(pieces):  # at once: registers do not hold all three results
+                store_rows(staged, rows, i, hidden, i, h, tile.column * width + i * at_a_time)
+            return rows, tile.column, *(keep(cut(value, dtype)) for value in values)
 
-        work = Work(describe_tiles(tiles, gate.shape[0], across, D // depth), load, multiply, finish)
+        def store(kept, part):
+            rows, column, *values = kept
+            for i, y in enumerate((g, u)):
+                which = part - i * pieces
+                place = rows, pieces + part, values[i], which, y, column * width + which * at_a_time
+                pl.when((which >= 0) & (which < pieces))(lambda place=place: store_rows(staged, *place))
+
+        describe = describe_tiles(tiles, gate.shape[0], across, D // depth)
+        nothing = NO_ROWS, 0, *[nothing_kept(pieces, dtype)] * 2
+        work = Work(describe, load, multiply, finish, store=store, parts=2 * pieces, nothing=nothing)
         run_tiles(work, count[0] * across, [(HEIGHT, width)] * 2, full, empty)
 
     scratch = [
@@ -125,7 +145,7 @@ def swiglu_gradients(
             plgpu.wgmma(accumulators[0], left.at[slot, mine], right.at[slot].T)
 
         def finish(tile, values, take):
-            out, factor, sums = OwnRows(tile, staged), _by_row(scale, tile, depth), None
+            rows, factor, sums = own_rows(tile), _by_row(scale, tile, depth), None
             for i in range(pieces):
                 piece = lambda slot: [plgpu.load(ref.at[slot, mine], layout=WGMMA).astype(f32) for ref in (left, right)]
                 gated, raised = take(i, piece)
@@ -138,8 +158,8 @@ def swiglu_gradients(
                 d_gated = d_scaled * raised * (sigmoid + silu * (1.0 - sigmoid))
                 results = ((factor * product, h), (d_gated, dg), (d_scaled * silu, du))
                 column = tile.column * width + i * depth
-                out.store([(value.astype(dtype), y, column) for value, y in results])
-            out.store_number(sums, d_scale.at[tile.column])
+                store_together(staged, rows, [(value.astype(dtype), y, column) for value, y in results])
+            store_number(staged, rows, sums, d_scale.at[tile.column])
 
         work = Work(describe_tiles(tiles, down.shape[0], across, D // depth), load, multiply, finish, pieces)
         run_tiles(work, count[0] * across, [(HEIGHT, width)], full, empty)
