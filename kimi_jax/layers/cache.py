@@ -6,11 +6,14 @@ id; a later change of segment id within that call closes it and opens another. P
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.partition import Axes, partition
 from pallas_kernels.segments import segment_starts
+
+PLACES = Axes(("BT", "B", "B"), ("BT", "BT", "B", "B"), exchanges=True)
 
 
 class ConvCache(NamedTuple):
@@ -70,13 +73,22 @@ def place_tokens(
       open_document: number of the document that the first non-padding token continues.
       position: tokens that this document has already.
     """
+    return Placement(*partition(_place_rows, PLACES, (segment_ids, open_document, position), {}))
+
+
+def _place_rows(segment_ids, open_document, position, axis: str | None = None) -> Placement:
+    """Where rows are cut, each device counts through whole ones: XLA would count over devices token by token."""
+    here = segment_ids.shape[1]
+    if axis:
+        segment_ids = lax.all_gather(segment_ids, axis, axis=1, tiled=True)
     valid, starts = segment_ids != 0, segment_starts(segment_ids)
     number = open_document[:, None] + jnp.cumsum(starts, axis=1, dtype=jnp.int32)
     seen = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-    first = jax.lax.cummax(jnp.where(starts, seen - 1, -position[:, None]), axis=1)
+    first = lax.cummax(jnp.where(starts, seen - 1, -position[:, None]), axis=1)
+    own = (lambda x: lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * here, here, 1)) if axis else lambda x: x
     return Placement(
-        document=jnp.where(valid, number, 0),
-        position=jnp.where(valid, seen - 1 - first, 0),
+        document=own(jnp.where(valid, number, 0)),
+        position=own(jnp.where(valid, seen - 1 - first, 0)),
         open_document=number[:, -1],
         next_position=seen[:, -1] - first[:, -1],
     )

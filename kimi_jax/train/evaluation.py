@@ -19,6 +19,7 @@ from kimi_jax.config.train import RunConfig
 from kimi_jax.data.pipeline import Batch, Dataset, build_dataset, tokenizer_of
 from kimi_jax.data.tokenizers import Tokenizer
 from kimi_jax.errors import UserError
+from kimi_jax.layers.cache import place_tokens
 from kimi_jax.models import decoder
 from kimi_jax.train.loss import token_cross_entropy
 from kimi_jax.train.state import Recipe
@@ -103,12 +104,10 @@ def sums_by_position(
     loss_BT: Float[Array, "B T"], mask_BT: Array, segment_ids_BT: Int[Array, "B T"]
 ) -> dict[str, Array]:
     """Sums a loss over the tokens that `mask_BT` selects, by their position within the document."""
-    T = loss_BT.shape[1]
-    before = jnp.pad(segment_ids_BT, ((0, 0), (1, 0)))[:, :T]
-    index = jnp.arange(T, dtype=jnp.int32)[None]
-    start_BT = jax.lax.cummax(jnp.where(segment_ids_BT != before, index, 0), axis=1)
+    B, T = loss_BT.shape
+    position_BT = place_tokens(segment_ids_BT, jnp.ones(B, jnp.int32), jnp.zeros(B, jnp.int32)).position
     starts = [first_position(i) for i in range(1, 32) if first_position(i) < T]
-    bin_BT = sum(((index - start_BT) >= start).astype(jnp.int32) for start in starts) + jnp.zeros_like(start_BT)
+    bin_BT = sum((position_BT >= start).astype(jnp.int32) for start in starts) + jnp.zeros_like(position_BT)
     chosen_BTN = (bin_BT[..., None] == jnp.arange(len(starts) + 1)[None, None]) & mask_BT[..., None]
     nats = jnp.sum(jnp.where(chosen_BTN, loss_BT[..., None], 0.0), axis=(0, 1))
     return {"loss_nats_at": nats, "tokens_at": jnp.sum(chosen_BTN, axis=(0, 1), dtype=jnp.int32)}

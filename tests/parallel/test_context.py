@@ -13,6 +13,7 @@ from kimi_jax.config.load import load
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
 from kimi_jax.experiments.plan_collectives import read_collectives
+from kimi_jax.layers.cache import place_tokens
 from kimi_jax.parallel.mesh import abstract_mesh, build_mesh, check_run
 from kimi_jax.parallel.rules import batch_sharding
 from kimi_jax.train.state import Recipe
@@ -244,3 +245,17 @@ def test_an_axis_of_one_device_cuts_nothing():
     mesh = abstract_mesh(config.Mesh(data=2), 2)
     parts = _choose_parts(mesh, mesh.axis_names, [((4, 128, 2), "BTH")])
     assert parts["T"] == () and parts["B"] == ("data",)
+
+
+@multi_device
+def test_documents_are_numbered_by_one_gather():
+    """A count over a cut axis, left to XLA, goes from device to device, and on a GPU from token to token."""
+    ids = jnp.asarray(_segments("random", 2, 512))
+    arguments = ids, jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32)
+    want, mesh = place_tokens(*arguments), _mesh(context=8)
+    with jax.set_mesh(mesh):
+        here = jax.device_put(ids, batch_sharding(mesh))
+        compiled = jax.jit(place_tokens).lower(here, *arguments[1:]).compile()
+        jax.tree.map(np.testing.assert_array_equal, compiled(here, *arguments[1:]), want)
+    (found,) = read_collectives(compiled.as_text(), dict(mesh.shape))
+    assert (found.kind, found.count) == ("all-gather", 1) and "while(" not in compiled.as_text()
