@@ -46,9 +46,10 @@ def run_sorted(
     scale_M: Float[Array, "M"],
     group_sizes_E: Int[Array, "E"],
     implementation: str,
+    clear: bool = True,
 ) -> Float[Array, "M D"]:
-    """Runs the experts on rows sorted by expert, their hidden rows multiplied by `scale_M`."""
-    return grouped_swiglu(x_MD, *matrices, scale_M, group_sizes_E, implementation=implementation)
+    """Runs the experts on rows sorted by expert, their hidden rows multiplied by `scale_M`; see `grouped_swiglu`."""
+    return grouped_swiglu(x_MD, *matrices, scale_M, group_sizes_E, clear=clear, implementation=implementation)
 
 
 def mix(

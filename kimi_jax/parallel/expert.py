@@ -22,7 +22,7 @@ from kimi_jax.layers.moe import Experts, Matrices, mix, run_here, run_sorted
 from kimi_jax.layers.router import Routing
 from kimi_jax.parallel.rules import spec
 from kimi_jax.parallel.weights import gather_rounded, in_turn
-from pallas_kernels.grouped_matmul.api import place_rows, spread_rows
+from pallas_kernels.grouped_matmul.api import SPARE, place_rows, spread_rows
 
 MATRIX_AXES = Matrices(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HOME = "expert"  # the mesh axis over which whole experts are spread
@@ -177,7 +177,8 @@ def _mix_arrived(experts: Experts, matrices: Matrices, x_sD, expert_sk, weight_s
     scale = jnp.zeros(rows, weight_sk.dtype).at[place_sk].set(weight_sk, mode="drop", unique_indices=True)
     how = experts.implementation
     x_rD = fill_rows(x_sD, place_sk, jnp.sum(sizes), rows, how)
-    return sum_filled(run_sorted(matrices, x_rD, scale, sizes, how), place_sk, jnp.sum(sizes), how)
+    y_rD = run_sorted(matrices, x_rD, scale, sizes, how, clear=False)
+    return sum_filled(y_rD, place_sk, jnp.sum(sizes), how)
 
 
 def _beyond(end: int, like: Array) -> Int[Array, "m k"]:
@@ -231,9 +232,10 @@ def fill_rows(
 
     Args:
       place_sk: every number from 0 to s k once; those from `rows` on do not exist.
-      used: rows that count; the copies in the others are numbers like any, but nothing comes of them.
+      used: rows that count; of the others those that products may read hold copies, of which nothing comes.
     """
-    return spread_rows(x_sD, place_sk, implementation, rows)
+    read = place_sk < used + SPARE
+    return spread_rows(x_sD, jnp.where(read, place_sk, place_sk + rows), implementation, rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -6,9 +6,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.grouped_matmul import mosaic_gpu, reference, xla
 from pallas_kernels.grouped_matmul.rows import place_rows, spread_rows, sum_rows
+from pallas_kernels.grouped_matmul.tiles import SPARE
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "SPARE",
     "SWIGLU_IMPLEMENTATIONS",
     "grouped_matmul",
     "grouped_swiglu",
@@ -63,6 +65,7 @@ def grouped_swiglu(
     scale: Float[Array, "M"],
     group_sizes: Int[Array, "E"],
     *,
+    clear: bool = True,
     implementation: str = "auto",
 ) -> Float[Array, "M D"]:
     """Computes (scale silu(x gate) (x up)) down with the matrices of each row's group.
@@ -71,11 +74,13 @@ def grouped_swiglu(
       x, gate, up, down, group_sizes: as x, w and group_sizes of `grouped_matmul`.
       scale: factor on each row, float32: applied before the last product, so that a sum over rows needs no weights and
         its gradient does not need the result.
+      clear: whether results and gradients behind the last group are zero; else they may hold anything from its
+        `SPARE`-th row on, and x, scale and the result's gradient may there, too. Many rows that no group has cost time.
       implementation: "auto", "mosaic_gpu", "xla" or "reference".
 
     Returns:
-      Rows in the dtype of x; zero beyond the last group. SwiGLU is computed in float32 and rounded once; the kernel
-      takes it from the float32 products, the others from rounded ones. Differentiable in all but group_sizes.
+      Rows in the dtype of x; if `clear`, zero beyond the last group. SwiGLU is computed in float32, rounded once; the
+      kernel takes it from the float32 products, the others from rounded ones. Differentiable in all but group_sizes.
 
     Raises:
       ValueError: an argument has the wrong shape or dtype.
@@ -90,7 +95,7 @@ def grouped_swiglu(
     if group_sizes.shape != (E,):
         raise ValueError(f"grouped_swiglu: group_sizes must be [E] = [{E}], got {group_sizes.shape}")
     _check_dtypes("grouped_swiglu", group_sizes, x, gate=gate, up=up, down=down)
-    return call("grouped_swiglu", SWIGLU_IMPLEMENTATIONS, implementation, x, gate, up, down, scale, group_sizes)
+    return call("grouped_swiglu", SWIGLU_IMPLEMENTATIONS, implementation, x, gate, up, down, scale, group_sizes, clear)
 
 
 def _check_dtypes(op: str, group_sizes, x, **matrices) -> None:

@@ -91,7 +91,7 @@ def _matmul_gradients(dtype, group_sizes, dy, x, w):
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def grouped_swiglu(
     x: Float[Array, "M D"],
     gate: Float[Array, "E D F"],
@@ -99,36 +99,37 @@ def grouped_swiglu(
     down: Float[Array, "E F D"],
     scale: Float[Array, "M"],
     group_sizes: Int[Array, "E"],
+    clear: bool = True,
 ) -> Float[Array, "M D"]:
     """See `pallas_kernels.grouped_matmul.api.grouped_swiglu`; the backward pass also keeps x gate and x up."""
-    return _swiglu_forward(x, gate, up, down, scale, group_sizes)[0]
+    return _swiglu_forward(x, gate, up, down, scale, group_sizes, clear)[0]
 
 
-def _swiglu_forward(x, gate, up, down, scale, group_sizes):
+def _swiglu_forward(x, gate, up, down, scale, group_sizes, clear):
     matrices = (_widen(w, x.dtype) for w in (gate, up, down))
-    y, gated, raised = _of_models(_swiglu)(group_sizes, _pad(x), *matrices, _pad(scale))
+    y, gated, raised = _of_models(functools.partial(_swiglu, clear))(group_sizes, _pad(x), *matrices, _pad(scale))
     gated, raised = (checkpoint_name(z, "operators") for z in (gated, raised))  # kept or recomputed by that name
     return y[: x.shape[0], : x.shape[1]], (x, gate, up, down, scale, group_sizes, gated, raised)
 
 
-def _swiglu(group_sizes, x, gate, up, down, scale):
-    plan = plan_tiles(group_sizes, x.shape[0])
+def _swiglu(clear, group_sizes, x, gate, up, down, scale):
+    plan = plan_tiles(group_sizes, x.shape[0], clear)
     hidden, gated, raised = swiglu_rows(plan, x, gate, up, scale, config=CONFIG)
     return multiply_rows(plan, [(hidden, down)], transposed=False, config=CONFIG), gated, raised
 
 
-def _swiglu_backward(saved, dy):
+def _swiglu_backward(clear, saved, dy):
     x, gate, up, down, scale, group_sizes, gated, raised = saved
     matrices = gate, up, down
-    run = _of_models(functools.partial(_swiglu_gradients, tuple(w.dtype for w in matrices)))
+    run = _of_models(functools.partial(_swiglu_gradients, clear, tuple(w.dtype for w in matrices)))
     widened = (_widen(w, x.dtype) for w in matrices)
     dx, *gradients, d_scale = run(group_sizes, _pad(dy), _pad(x), *widened, _pad(scale), gated, raised)
     gradients = (_narrow(dw, w) for dw, w in zip(gradients, matrices, strict=True))
     return dx[: x.shape[0], : x.shape[1]], *gradients, d_scale[: x.shape[0]].astype(scale.dtype), None
 
 
-def _swiglu_gradients(dtypes, group_sizes, dy, x, gate, up, down, scale, gated, raised):
-    plan = plan_tiles(group_sizes, x.shape[0])
+def _swiglu_gradients(clear, dtypes, group_sizes, dy, x, gate, up, down, scale, gated, raised):
+    plan = plan_tiles(group_sizes, x.shape[0], clear)
     hidden, d_gated, d_raised, d_scale = swiglu_gradients(plan, dy, down, gated, raised, scale, config=CONFIG)
     dx = multiply_rows(plan, [(d_gated, gate), (d_raised, up)], transposed=True, config=CONFIG)
     factors = zip((x, x, hidden), (d_gated, d_raised, dy), dtypes, strict=True)

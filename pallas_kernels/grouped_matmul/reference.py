@@ -32,10 +32,11 @@ def grouped_swiglu(
     down: Float[Array, "E F D"],
     scale: Float[Array, "M"],
     group_sizes: Int[Array, "E"],
+    clear: bool = True,
     *,
     matmul: Callable[..., Array] = grouped_matmul,
 ) -> Float[Array, "M D"]:
-    """See `pallas_kernels.grouped_matmul.api.grouped_swiglu`; gradients by automatic differentiation."""
+    """See `pallas_kernels.grouped_matmul.api.grouped_swiglu`; automatically differentiated; clears always."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     gated, raised = (matmul(x, w, group_sizes).astype(dtype) for w in (gate, up))
     hidden = scale[:, None] * jax.nn.silu(gated) * raised

@@ -56,9 +56,10 @@ def spread_rows(
     """Copies x[t] to the rows row[t, 0], row[t, 1], ...; the gradient is `sum_rows`.
 
     Args:
-      row: int32; every number from 0 to T k exactly once.
+      row: int32, no number twice; every number from 0 to T k for the gradient.
       implementation: "auto", "mosaic_gpu", "xla" or "reference".
-      num_rows: of the result, at most T k: rows from there on do not exist; None: T k.
+      num_rows: of the result, at most T k: rows from there on do not exist; None: T k. Rows that nothing is copied to
+        hold anything.
     """
     return call("spread_rows", IMPLEMENTATIONS, implementation, x, row, row.size if num_rows is None else num_rows)
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.tiles_mosaic_gpu import ROWS
 
 ALIGNMENT = 8  # rows; copies into swizzled shared memory start at multiples of it
+SPARE = 2 * ROWS  # rows behind the last group that kernels may read beside its own
 TILE_COST = 40  # columns that a tile costs beside its own: in tiles of 128, products take an eighth longer than of 256
 
 
@@ -34,7 +35,9 @@ def choose_width(columns: int, widths: tuple[int, ...], extra: int = TILE_COST) 
     return min(widths, key=lambda width: (-(-columns // width) * (width + extra), -width))
 
 
-def plan_tiles(group_sizes: Int[Array, "E"], num_rows: int) -> tuple[Int[Array, "N 4"], Int[Array, "1"]]:
+def plan_tiles(
+    group_sizes: Int[Array, "E"], num_rows: int, clear: bool = True
+) -> tuple[Int[Array, "N 4"], Int[Array, "1"]]:
     """Cuts every group, and what lies behind the last as group E, into tiles of ROWS rows.
 
     A group's tiles cover it from the multiple of 8 below its start; the last one ends at the multiple of 8 above its
@@ -43,6 +46,7 @@ def plan_tiles(group_sizes: Int[Array, "E"], num_rows: int) -> tuple[Int[Array, 
 
     Args:
       num_rows: a multiple of 8, at least ROWS.
+      clear: whether group E is all that lies behind; else the first `SPARE` rows of it.
 
     Returns:
       (group, first row of the tile, first row of the group, first row behind it) of every tile, in order of rows; how
@@ -50,7 +54,8 @@ def plan_tiles(group_sizes: Int[Array, "E"], num_rows: int) -> tuple[Int[Array, 
     """
     groups = group_sizes.shape[0] + 1
     sizes = group_sizes.astype(jnp.int32)
-    sizes = jnp.concatenate([sizes, num_rows - jnp.sum(sizes, keepdims=True)])
+    rest = num_rows - jnp.sum(sizes, keepdims=True)
+    sizes = jnp.concatenate([sizes, rest if clear else jnp.minimum(rest, SPARE)])
     start = sum_before(sizes)
     end = start + sizes
     low, high = start // ALIGNMENT * ALIGNMENT, -(-end // ALIGNMENT) * ALIGNMENT

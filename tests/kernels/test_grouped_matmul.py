@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import tiles_mosaic_gpu
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, choose_width, plan_tiles
+from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, SPARE, TileConfig, choose_width, plan_tiles
 from pallas_kernels.tiles_mosaic_gpu import ROWS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -159,13 +159,14 @@ def test_the_kernels_see_at_least_a_tile_of_columns(widths, filled, monkeypatch)
     np.testing.assert_array_equal(y, np.full((200, widths[1]), widths[0]))  # what fills up is zero and cut off again
 
 
+@pytest.mark.parametrize("clear", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_tiles_hold_every_row_once_or_with_the_same_bits(seed):
+def test_tiles_hold_every_row_once_or_with_the_same_bits(seed, clear):
     rng = np.random.default_rng(seed)
     num_rows = 8 * int(rng.integers(16, 200))
     sizes = rng.multinomial(int(num_rows * rng.choice([0.5, 1.0])), rng.dirichlet(np.full(7, 0.3)))
     sizes[rng.integers(7)] = 0
-    tiles, used = plan_tiles(jnp.asarray(sizes[rng.permutation(7)]), num_rows)
+    tiles, used = plan_tiles(jnp.asarray(sizes[rng.permutation(7)]), num_rows, clear)
     tiles = np.asarray(tiles)[: int(used[0])]
     held = np.zeros(num_rows, bool)
     for group, row, start, end in tiles:
@@ -173,7 +174,8 @@ def test_tiles_hold_every_row_once_or_with_the_same_bits(seed):
         rows = slice(max(row, start), min(row + ROWS, end))
         assert rows.start < rows.stop, f"a tile of group {group} holds none of its rows"
         held[rows] = True
-    assert held.all()
+    last = num_rows if clear else min(num_rows, sizes.sum() + SPARE)
+    np.testing.assert_array_equal(held, np.arange(num_rows) < last)
 
 
 @pytest.fixture
@@ -254,3 +256,18 @@ def test_widths_that_tiles_do_not_divide_on_the_card(op, widths):
 def test_few_rows_on_the_card(rows):
     sizes = np.random.default_rng(0).multinomial(rows, np.full(9, 1 / 9))
     check("swiglu", named("swiglu", "auto"), tuple(sizes), "bfloat16", "float32", rows=rows, inner=128, outer=128)
+
+
+@pytest.mark.gpu
+def test_rows_that_are_not_cleared_reach_nothing_on_the_card():
+    """What is behind the spare rows is not a number, in arguments and maybe in results; the rest has the same bits."""
+    rows, sizes = 2048, (300, 0, 500, 401)
+    used, behind = sum(sizes), np.arange(rows) >= sum(sizes) + SPARE
+    spoil = lambda a: jnp.where(behind.reshape(-1, *(1,) * (a.ndim - 1)), jnp.nan, a) if len(a) == rows else a
+    arguments = draw("swiglu", len(sizes), "bfloat16", "float32", rows=rows, inner=256, outer=384)
+    run, group_sizes = named("swiglu", "mosaic_gpu"), jnp.asarray(sizes, jnp.int32)
+    want = value_and_gradients(run, arguments, group_sizes)
+    got = value_and_gradients(functools.partial(run, clear=False), [spoil(a) for a in arguments], group_sizes)
+    for a, b in zip(want, got, strict=True):
+        part = slice(used) if len(a) == rows else slice(None)
+        np.testing.assert_array_equal(a[part], b[part])
