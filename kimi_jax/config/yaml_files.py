@@ -50,6 +50,8 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{where}: {error.problem or 'is not YAML'}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source}: is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{source}: is nested too deeply") from None
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

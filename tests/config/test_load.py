@@ -174,6 +174,11 @@ def test_scientific_notation_is_a_number(text):
     assert parse_yaml(text, "test") == float(text)
 
 
+def test_what_nests_without_end_is_one_line():
+    with pytest.raises(UserError, match="^test: is nested too deeply$"):
+        parse_yaml("[" * 3000 + "]" * 3000, "test")
+
+
 def test_on_is_a_word(file):
     """YAML 1.1 makes a boolean of it, also where it is a key."""
     assert parse_yaml("{on: host, off: no, exit: true}", "test") == {"on": "host", "off": "no", "exit": True}
