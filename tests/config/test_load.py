@@ -175,7 +175,7 @@ def test_scientific_notation_is_a_number(text):
 
 
 def test_what_nests_without_end_is_one_line():
-    with pytest.raises(UserError, match="^test: is nested too deeply$"):
+    with pytest.raises(UserError, match=r"^test: is nested too deeply$"):
         parse_yaml("[" * 3000 + "]" * 3000, "test")
 
 
