@@ -12,6 +12,7 @@ from kimi_jax.errors import exit_on_user_error, plain_interrupts, positive
 with plain_interrupts():  # these take seconds
     from kimi_jax.generate.evaluate import RESULTS, Evaluation, evaluate
     from kimi_jax.generate.score import BATCH_SIZE
+    from kimi_jax.train.programs import keep_programs
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +48,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def main() -> None:
-    print_evaluation(evaluate(**vars(parse_arguments())))
+    arguments = parse_arguments()
+    keep_programs()
+    print_evaluation(evaluate(**vars(arguments)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from kimi_jax.train.signals import exit_on_sigterm
 with plain_interrupts():  # these take seconds
     from kimi_jax.generate.score import BATCH_SIZE
     from kimi_jax.generate.score_files import score_files
+    from kimi_jax.train.programs import keep_programs
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    keep_programs()
     start = time.perf_counter()
     num_documents, num_tokens = score_files(**vars(arguments))
     seconds = time.perf_counter() - start
