@@ -19,7 +19,7 @@ from pallas_kernels.kda.chunk_mosaic_gpu import blocks_per_head
 from pallas_kernels.kda.chunk_mosaic_gpu_vjp import backward
 from pallas_kernels.kda.gates import Gate
 from pallas_kernels.kda.prepare_mosaic_gpu import PADDING, RESET, C, prepare
-from pallas_kernels.kda.segments_mosaic_gpu import count_segments, recur
+from pallas_kernels.kda.segments_mosaic_gpu import count_segments, fill_chunks, recur
 from pallas_kernels.segments import segment_starts
 
 WIDEST = 128  # key and value channels
@@ -38,11 +38,15 @@ class Options(NamedTuple):
     count_segments: Callable = count_segments
     axis: str | None = None  # over which time is cut, see `pallas_kernels.relay`
 
-    def count(self, rows: int, like: Float[Array, "_ T HV V"]) -> int:
+    def count(self, v: Float[Array, "B T HV V"], rows: int) -> int:
         """Segments of time for so many rows."""
-        _, T, HV, V = like.shape
-        blocks = rows * HV * blocks_per_head(V, rows * HV)
-        return self.count_segments(T // C, blocks, mapped=self.axis is not None)
+        _, T, HV, V = v.shape
+        return self.count_segments(T // C, _blocks(rows * HV, V), mapped=self.axis is not None)
+
+
+def _blocks(heads: int, channels: int) -> int:
+    """Multiprocessors that one segment of all heads keeps busy."""
+    return heads * blocks_per_head(channels, heads)
 
 
 def refuse(q, k, v, g, beta, *, tile, **_) -> str | None:
@@ -98,8 +102,9 @@ def padded(options: Options, q, k, v, g, beta, gate: Gate, initial_state, segmen
 
     `every`: return the states after every so many tokens as well, without gradients.
     """
-    T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
-    time, width = -T % C, C * pl.cdiv(max(K, V), C)
+    (B, T, HV, V), K = v.shape, q.shape[-1]
+    width = C * pl.cdiv(max(K, V), C)
+    time = fill_chunks(pl.cdiv(T, C), _blocks(B * HV, width)) * C - T
     keys, values = width - K, width - V
 
     def pad(x, *trailing):  # batch first, then time
@@ -109,13 +114,13 @@ def padded(options: Options, q, k, v, g, beta, gate: Gate, initial_state, segmen
     v, beta = pad(v, 0, values), pad(beta, 0)
     code = None
     if segment_ids is not None or time:
-        code = pad_code(segment_ids, q.shape[0], T, time)
+        code = pad_code(segment_ids, B, T, time)
     if gate is not None and keys:
         gate = dataclasses.replace(gate, dt_bias=jnp.pad(gate.dt_bias, ((0, 0), (0, keys))))
     if initial_state is not None and (keys or values):
         initial_state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, values), (0, keys)))
     continued = relay.continues(segment_ids, options.axis) if options.axis else None
-    arrays = (q, k, v, g, beta, gate_of_rows(gate, q.shape[0]), initial_state, code, continued)
+    arrays = (q, k, v, g, beta, gate_of_rows(gate, B), initial_state, code, continued)
     if every is None:
         o, final = _core(options, *arrays)
         final = relay.of_last_device(final, options.axis) if options.axis else final
@@ -157,7 +162,7 @@ def forward(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code,
       (o, final state [B, HV, V, K], residuals or None): residuals are (prepared, beta per chunk, entering states, R,
       M of the segments or None).
     """
-    run = by_rows(functools.partial(_run_kernels, options, keep, options.count(len(v), v)))
+    run = by_rows(functools.partial(_run_kernels, options, keep, options.count(v, len(v))))
     return run(q, k, v, g, beta, gate, initial_state, code, continued)
 
 
@@ -173,7 +178,7 @@ def _run_kernels(options: Options, keep: bool, room: int, q, k, v, g, beta, gate
     split = blocks_per_head(V, B * HV)
     enter = functools.partial(_enter, options.axis, continued, (B, HV)) if options.axis else None
     o, final, kept, applied = options.recur(
-        *(prepared, v, steps, code, first), keep=keep, split=split, segments=options.count(B, v), enter=enter
+        *(prepared, v, steps, code, first), keep=keep, split=split, segments=options.count(v, B), enter=enter
     )
     residuals = None
     if keep:
@@ -215,7 +220,7 @@ def _core_backward(options: Options, residuals, cotangents):
 def _run_back(options: Options, q, k, g, gate: Gate, code, continued, kept, d_o, d_final):
     prepared, steps, states, errors, applied = kept
     B, T = d_o.shape[:2]
-    segments, leave = options.count(B, d_o), None
+    segments, leave = options.count(d_o, B), None
     padding = None if code is None else (code == PADDING).reshape(B, T)
     size = cotangent_scale(d_o, d_final, padding, options.axis)
     if options.axis:

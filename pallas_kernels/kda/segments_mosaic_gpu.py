@@ -5,6 +5,7 @@ recurrence is linear: H is where it takes a zero state, M where it takes the ide
 of states go back through the same M, transposed.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -39,7 +40,7 @@ from pallas_kernels.kda.prepare_mosaic_gpu import (
     i32,
 )
 
-WORTH = 100  # chunks that segments must take off the sequential chain to pay for the pass that finds their maps
+WORTH = 64  # chunks that segments must take off the sequential chain to pay for the pass that finds their maps
 
 
 def recur(
@@ -126,6 +127,21 @@ def count_segments(chunks: int, blocks: int, *, mapped: bool = False) -> int:
     return count if mapped or (count > 2 and chunks - 2 * (chunks // count) >= WORTH) else 1
 
 
+def fill_chunks(chunks: int, blocks: int) -> int:
+    """How many chunks to fill up to with padding, so that they are cut well; see `count_segments`.
+
+    Padding copies every array, so the longest chain must become half as long.
+    """
+    length = pl.cdiv(chunks, max(1, MULTIPROCESSORS // blocks))
+    filled = pl.cdiv(chunks, length) * length
+
+    def chain(chunks):
+        count = count_segments(chunks, blocks)
+        return chunks if count == 1 else 2 * chunks // count
+
+    return filled if 2 * chain(filled) <= chain(chunks) else chunks
+
+
 def join_maps(
     added: Float[Array, "BH S V K"], applied: Float[Array, "BH S K K"]
 ) -> tuple[Float[Array, "BH V K"], Float[Array, "BH K K"]]:
@@ -140,11 +156,13 @@ def entering_states(
     initial_state: Float[Array, "BH V K"] | None, added: Float[Array, "BH S V K"], applied: Float[Array, "BH S K K"]
 ) -> Float[Array, "BH S+1 V K"]:
     """The state entering each segment, float32, from the maps of all but the last; see `segment_maps`."""
-    states = [jnp.zeros_like(added[:, 0]) if initial_state is None else initial_state]
-    for n in range(added.shape[1]):
-        moved = jnp.einsum("zvk,zkc->zvc", states[-1], applied[:, n], precision=lax.Precision.HIGHEST)
-        states.append(moved + added[:, n])
-    return jnp.stack(states, 1)
+    first = jnp.zeros((len(added), 1, *added.shape[2:]), f32) if initial_state is None else initial_state[:, None]
+    states, maps, span = jnp.concatenate([first, added], 1), jnp.pad(applied, ((0, 0), (1, 0), (0, 0), (0, 0))), 1
+    multiply = functools.partial(jnp.einsum, "znvk,znkc->znvc", precision=lax.Precision.HIGHEST)
+    while span <= added.shape[1]:  # entries are maps of so many segments together; all of them double at once
+        moved, joined = (multiply(x[:, :-span], maps[:, span:]) for x in (states, maps))
+        states, maps, span = states.at[:, span:].add(moved), maps.at[:, span:].set(joined), 2 * span
+    return states
 
 
 def segment_maps(

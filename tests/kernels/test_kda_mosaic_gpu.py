@@ -148,10 +148,30 @@ def test_segments_change_nothing_but_rounding():
 
 
 @pytest.mark.parametrize(
-    ("chunks", "blocks", "segments"), [(1024, 64, 1), (1024, 16, 8), (128, 16, 1), (1021, 16, 1), (1024, 132, 1)]
+    ("chunks", "blocks", "segments"),
+    [(1024, 64, 1), (1024, 16, 8), (128, 16, 8), (64, 16, 1), (1021, 16, 1), (1024, 132, 1)],
 )
 def test_only_few_heads_and_long_sequences_are_cut(chunks, blocks, segments):
     assert segments_mosaic_gpu.count_segments(chunks, blocks) == segments
+
+
+@pytest.mark.parametrize(
+    ("chunks", "blocks", "filled"),
+    [(2047, 16, 2048), (1563, 16, 1568), (1563, 64, 1563), (2048, 24, 2048), (99, 4, 99)],
+)
+def test_chunks_are_filled_up_only_where_that_halves_the_chain(chunks, blocks, filled):
+    assert segments_mosaic_gpu.fill_chunks(chunks, blocks) == filled
+
+
+@pytest.mark.parametrize("segments", [0, 1, 6, 7])
+def test_maps_in_pairs_give_what_maps_in_turn_give(segments):
+    rng, shapes = np.random.default_rng(0), ((2, 5, 4), (2, segments, 5, 4), (2, segments, 4, 4))
+    first, added, applied = (rng.standard_normal(shape).astype(np.float32) / 3 for shape in shapes)
+    want = [first]
+    for n in range(segments):
+        want.append(want[-1] @ applied[:, n] + added[:, n])
+    got = segments_mosaic_gpu.entering_states(*map(jnp.asarray, (first, added, applied)))
+    np.testing.assert_allclose(got, np.stack(want, 1), atol=1e-6)  # Measured: 1.2e-7.
 
 
 def test_segments_lower_for_cuda():

@@ -68,7 +68,7 @@ def test_small_cotangents_keep_their_digits():
 
 # Slow decays, so that far segments still matter; a document starts inside the second of three segments.
 SEGMENTED = Case(
-    "segmented", 1, 384, 1, 2, 64, 64, dtype="bfloat16", gate="softplus", gate_offset=-6.0, lengths=(192, 150),
+    "segmented", 1, 384, 1, 2, 64, 64, dtype="bfloat16", gate="softplus", gate_offset=-6.0, lengths=(200, 150),
     normalize_qk=True,
 )  # fmt: skip
 
@@ -83,11 +83,20 @@ def test_segments_of_time_compute_the_gradients_and_keep_documents_apart():
     # Measured: 2.1e-3 or less (da_log 1.4e-3), as with one segment.
     assert_all_close(got, exact(SEGMENTED, inputs), SEGMENTED.tolerance)
     d_o = np.array(inputs.d_o)
-    d_o[:, 130:192] = d_o[:, 130:192][:, ::-1]  # the second segment, the first document
+    d_o[:, 130:200] = d_o[:, 130:200][:, ::-1]  # the second segment, the first document
     changed = _gradients(three, SEGMENTED, inputs._replace(d_o=d_o))
     for name in ("dq", "dk", "dv", "dg", "dbeta"):
-        np.testing.assert_array_equal(got[name][:, 192:], changed[name][:, 192:])
+        np.testing.assert_array_equal(got[name][:, 200:], changed[name][:, 200:])
     assert np.any(got["dv"][:, :128] != changed["dv"][:, :128])
+
+
+@pytest.mark.slow
+def test_chunks_filled_up_with_padding_change_nothing(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "fill_chunks", lambda chunks, blocks: chunks + 2)
+    case = BY_NAME["grouped"].reduced()
+    inputs = make_inputs(case)
+    got = _gradients(functools.partial(on_cpu), case, inputs)  # a key of its own in the cache of compiled functions
+    assert_all_close(got, exact(case, inputs), case.tolerance)
 
 
 @pytest.mark.slow
