@@ -58,11 +58,29 @@ class AdamW(Optim):
     kind: Literal["adamw"] = "adamw"
 
 
+class Quintic(Config):
+    """One polynomial in all Newton-Schulz steps: steep at 0, it leaves singular values between 0.68 and 1.2."""
+
+    kind: Literal["quintic"] = "quintic"
+
+
+class Minimax(Config):
+    """Polar Express (arXiv 2505.16932): of each step the polynomial closest to 1 where the step before left them."""
+
+    kind: Literal["minimax"] = "minimax"
+    smallest: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Singular values from here on, relative to the Frobenius norm, are moved closest to 1."""
+
+
+NewtonSchulz = Annotated[Quintic | Minimax, Field(discriminator="kind")]
+
+
 class Muon(Optim):
     """Muon in Moonlight's form (arXiv 2502.16982) on matrices, AdamW (b1, b2, eps) on the rest, one learning rate."""
 
     kind: Literal["muon"] = "muon"
     momentum: Fraction = 0.95
+    newton_schulz: NewtonSchulz = Quintic()
     newton_schulz_steps: Annotated[int, Field(ge=1, le=10)] = 5
     update_rms: Annotated[float, Field(gt=0)] = 0.2
     """RMS that each update is scaled to: 0.2 sqrt(max(rows, columns)) times the orthogonal factor."""

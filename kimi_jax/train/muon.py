@@ -1,10 +1,10 @@
-"""Muon in Moonlight's form: momentum as a sum, Nesterov, five Newton-Schulz steps, updates of one RMS."""
+"""Muon in Moonlight's form: momentum as a sum, Nesterov, Newton-Schulz steps, updates of one RMS."""
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 
 from kimi_jax.parallel.matrices import HERE, Layout, collect, give_back, layout_of, whole_shape
 from kimi_jax.parallel.rules import spec
+from kimi_jax.train.newton_schulz import QUINTIC, Polynomial
 from kimi_jax.types import PyTree
 from pallas_kernels.symmetric_matmul import apply, gram, multiply, quadratic
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # a, b, c of X <- a X + b (X X^T) X + c (X X^T)^2 X
-RUNS = 3, 2  # steps of the first run and of the later ones; in one run of five, errors reach a quarter
+GROWTH = 150.0, 16.0  # of rounding errors, in the first run of steps and in later ones; all in one: a quarter of X
 SMALL_SIDE = 128  # below, products cost next to nothing, and the kernels' tiles would be mostly empty
 NORM_FLOOR = 1e-7
 SMALL_STACK = 2**24  # elements; larger stacks fill a device by themselves, and putting them together costs a copy
@@ -41,18 +41,22 @@ class Matrix:
 
 
 def orthogonalize(
-    x_NRC: Float[Array, "N R C"], *, steps: int = 5, dtype: jnp.dtype = jnp.float16, layout: Layout = HERE
+    x_NRC: Float[Array, "N R C"],
+    *,
+    polynomials: Sequence[Polynomial] = (QUINTIC,) * 5,
+    dtype: jnp.dtype = jnp.float16,
+    layout: Layout = HERE,
 ) -> Float[Array, "N R C"]:
-    """Moves the singular values of each matrix close to 1 (they end up in about 0.7 to 1.2) by Newton-Schulz steps.
+    """Moves the singular values of each matrix close to 1 by Newton-Schulz steps.
 
     Each step multiplies X by a I + b R + c R^2, R = X X^T, or X^T X of tall matrices. All of these commute, so R of the
     next step and the product of the factors come from products of small symmetric matrices, and X is multiplied once
-    for several steps. Rounding errors of R below its smallest eigenvalues grow by up to a^2 per step: `RUNS` says after
-    how many R is computed from X again.
+    for several steps. Rounding errors of R below its smallest eigenvalues grow by up to a^2 per step: by `GROWTH` at
+    most, then R is computed from X again.
 
     Args:
       x_NRC: matrices, float32, or this device's parts of them.
-      steps: quintic steps, >= 1.
+      polynomials: one per step, at least one; see `kimi_jax.train.newton_schulz`.
       dtype: of the matrix products, and of what travels for them. No number leaves the range of float16, which errs an
         eighth as much as bfloat16; float32 only to check the arithmetic.
       layout: where the other parts are; every device then does the products of some whole matrices.
@@ -66,28 +70,31 @@ def orthogonalize(
     norm = jnp.sqrt(lax.psum(squares, layout.cuts) if layout.cuts else squares)
     x = collect((x_NRC / (norm + NORM_FLOOR)).astype(dtype), layout)
     implementation = "auto" if min(x.shape[1:]) >= SMALL_SIDE else "xla"
-    for run in _cut(steps):
+    for run in _cut(polynomials):
         x = _refine(x, run, implementation)
     return give_back(x, layout, x_NRC.shape[0]).astype(jnp.float32)
 
 
-def _cut(steps: int) -> Iterator[int]:
-    """Lengths of the runs that steps are taken in."""
-    first, later = RUNS
-    yield min(first, steps)
-    for done in range(first, steps, later):
-        yield min(later, steps - done)
+def _cut(polynomials: Sequence[Polynomial]) -> list[list[Polynomial]]:
+    """Runs of steps that R is carried through, each as long as errors stay within `GROWTH`."""
+    runs, growth = [], math.inf
+    for polynomial in polynomials:
+        if growth > GROWTH[len(runs) > 1]:
+            runs.append([])
+            growth = 1.0
+        runs[-1].append(polynomial)
+        growth *= polynomial.a**2
+    return runs
 
 
-def _refine(x: Float[Array, "N R C"], steps: int, implementation: str) -> Float[Array, "N R C"]:
+def _refine(x: Float[Array, "N R C"], run: Sequence[Polynomial], implementation: str) -> Float[Array, "N R C"]:
     """Several steps with one multiplication of x."""
-    a, b, c = QUINTIC
     times = functools.partial(multiply, implementation=implementation)
     r, product = gram(x, implementation=implementation), None
-    for step in range(steps):
+    for number, (a, b, c) in enumerate(run, 1):
         factor = quadratic(r, a=a, b=b, c=c, implementation=implementation)
         product = factor if product is None else times(product, factor)
-        if step + 1 < steps:
+        if number < len(run):
             r = times(r, times(factor, factor))  # the square reads one matrix from memory, not two
     return apply(product, x, implementation=implementation)
 
@@ -96,7 +103,7 @@ def scale_by_muon(
     matrices: PyTree,
     *,
     momentum: float,
-    steps: int,
+    polynomials: Sequence[Polynomial] = (QUINTIC,) * 5,
     update_rms: float,
     logical_axes: PyTree | None = None,
     dtype: jnp.dtype = jnp.float16,
@@ -106,7 +113,7 @@ def scale_by_muon(
     Args:
       matrices: tree of `Matrix`, one for every parameter the transform sees.
       momentum: mu of M <- mu M + G; a sum, not an average.
-      steps: Newton-Schulz steps.
+      polynomials: of the Newton-Schulz steps.
       update_rms: RMS an update has when its factor is orthogonal: the scale is update_rms * sqrt(max(rows, columns)).
       logical_axes: tree like it of tuples of axis names: parameters lie on the mesh in use as
         `kimi_jax.parallel.rules` says. None: on one device.
@@ -118,7 +125,7 @@ def scale_by_muon(
 
     def direction(stack_NRC: Array, layout: Layout) -> Array:
         scale = update_rms * math.sqrt(max(whole_shape(stack_NRC, layout)))
-        return scale * orthogonalize(stack_NRC, steps=steps, dtype=dtype, layout=layout)
+        return scale * orthogonalize(stack_NRC, polynomials=polynomials, dtype=dtype, layout=layout)
 
     def init(params):
         return {"momentum": jax.tree.map(jnp.zeros_like, params)}

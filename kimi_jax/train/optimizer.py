@@ -13,7 +13,8 @@ from jaxtyping import Array, BFloat16, Float, Int, UInt32
 from rich import box
 from rich.table import Table
 
-from kimi_jax.config.optim import Muon, Optimizer
+from kimi_jax.config.optim import Minimax, Muon, Optimizer
+from kimi_jax.train import newton_schulz
 from kimi_jax.train.muon import Matrix, scale_by_muon
 from kimi_jax.types import PyTree
 
@@ -89,6 +90,13 @@ def _assign_one(cfg: Optimizer, shape: tuple[int, ...], axes: Axes) -> Assignmen
     return Assignment(shape, tuple(axes), matrix if for_muon else None, decay=matrix is not None, narrow=narrow)
 
 
+def _polynomials(cfg: Muon) -> list[newton_schulz.Polynomial]:
+    match cfg.newton_schulz:
+        case Minimax(smallest=smallest):
+            return newton_schulz.minimax(cfg.newton_schulz_steps, smallest)
+    return newton_schulz.quintic(cfg.newton_schulz_steps)
+
+
 def build_optimizer(cfg: Optimizer, assignments: Mapping[Path, Assignment]) -> optax.GradientTransformation:
     """Builds the update direction; the caller subtracts learning rate times it.
 
@@ -102,7 +110,7 @@ def build_optimizer(cfg: Optimizer, assignments: Mapping[Path, Assignment]) -> o
         transforms["muon"] = scale_by_muon(
             matrices,
             momentum=cfg.momentum,
-            steps=cfg.newton_schulz_steps,
+            polynomials=_polynomials(cfg),
             update_rms=cfg.update_rms,
             logical_axes=unflatten_dict({path: a.axes for path, a in assignments.items() if a.matrix}),
         )

@@ -44,7 +44,7 @@ def _build(mesh, dtype):
     """The compiled update and its arguments, on the mesh."""
     leaves = {name: jax.random.normal(jax.random.key(i), SHAPES[name]) for i, name in enumerate(SHAPES)}
     matrices = {name: matrix_of(axes) for name, axes in AXES.items()}
-    settings = {"momentum": 0.95, "steps": 5, "update_rms": 0.2, "logical_axes": AXES, "dtype": dtype}
+    settings = {"momentum": 0.95, "update_rms": 0.2, "logical_axes": AXES, "dtype": dtype}
     muon = scale_by_muon(matrices, **settings)
     with jax.set_mesh(mesh):
         place = lambda tree: jax.device_put(tree, state_shardings(tree, AXES, mesh))
