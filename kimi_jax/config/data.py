@@ -56,7 +56,7 @@ class MqarData(Data):
     """Different keys; unset: 1024, or as many as an example has pairs if these are more."""
     num_values: PositiveInt = 64
     num_pairs: PositiveInt | None = None
-    """Pairs of an example; unset: as many as can all be asked for within seq_len."""
+    """Pairs of an example, each asked for once; unset: a quarter of seq_len, as in the densest ones of Zoology."""
 
     @property
     def key_tokens(self) -> int:
@@ -64,7 +64,7 @@ class MqarData(Data):
 
     @property
     def pairs(self) -> int:
-        return self.num_pairs or (self.seq_len - 1) // 3
+        return self.num_pairs or self.seq_len // 4
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.pairs > self.key_tokens:

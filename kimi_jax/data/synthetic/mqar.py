@@ -17,7 +17,7 @@ def draw(cfg: MqarData, random: np.random.Generator) -> Example:
     """Draws key, value, key, value, ..., the separator, and queries: the keys again in random order.
 
     The keys of an example differ. At each query the target is the value that followed the key. Without `num_pairs` the
-    pairs take two thirds of the sequence, and every key is asked for once.
+    pairs take half of the sequence; every key is asked for once if there is room, and what is left is padding.
 
     Source: Kimi Linear, arXiv:2510.26692, section 5.1; Arora et al., Zoology, arXiv:2312.04927.
     """
