@@ -18,6 +18,7 @@ from pallas_kernels.kda.prepare_mosaic_gpu import (
     LEVELS,
     LOG2E,
     PADDING,
+    RESET,
     C,
     by_column,
     by_row,
@@ -42,6 +43,7 @@ from pallas_kernels.kda.warp_mosaic_gpu_vjp import (
     fine_tables,
     fold,
     join,
+    later_in_document,
     level_pairs,
     level_triangle,
     store_diagonal,
@@ -360,11 +362,16 @@ class _Chunks:
                 dx = by_row(self.token(rstd)) * (dx - _read(x16.at[wg]) * by_row(self.total_over_wgs(dot)))
             x_out.at[wg][...] = (dx * by_row(unscale)).astype(x_out.dtype)
         wg = self.here()
-        later = triangle(lower=False, inclusive=False, dtype=bf16)
+        if self.packed:
+            later = later_in_document(self.token_s(parity * NUM_WEIGHTS + CODE))
+        else:
+            later = triangle(lower=False, inclusive=False, dtype=bf16)
         (dg,) = products([(later, self.work_b.at[wg, i]) for i in range(2)])
+        at_exit = sum(self.columns(self.column_s(wg, PARTIAL + i)) for i in range(4))
         if self.packed:
             unscale = jnp.where(self.row_weight(CODE, parity) > 0.5, 0.0, unscale)
-        dg = (dg + sum(self.columns(self.column_s(wg, PARTIAL + i)) for i in range(4))) * by_row(unscale)
+            at_exit = jnp.where(by_row(self.row_weight(CODE, parity)) < -0.5, 0.0, at_exit)
+        dg = (dg + at_exit) * by_row(unscale)
         if self.kind.raw:
             slope, z2 = _slope(self.kind, *self.gate(parity))
             draw = dg * slope
@@ -446,7 +453,7 @@ def chunk_gradients(q, k, raw, do, p, r, h, ds, t, gamma, weight, par, *, kind, 
     Args:
       q, k [B,T,H,K], raw [B,T,HV,K], do [B,T,HV,V]: bfloat16 or float16 (raw in base 2, float16, without a gate).
       p, r [B*HV,NT,C,V], h, ds [B*HV,NT,V,K], t [B*HV,NT,C,C]: float16; gamma [B*HV,NT,K]: float32.
-      weight [B*HV,NT,4,C]: beta, scale of do, its reciprocal for outputs, and the token's code.
+      weight [B*HV,NT,4,C]: of `_token_weights`.
       par [B*HV,2,K]: dt_bias in base 2, rate.
 
     Returns:
@@ -542,11 +549,17 @@ def backward(
 
 
 def _token_weights(beta, code, size):
-    """[B*HV, NT, 4, C] float32: beta, scale of do (0 at padding), its inverse for the outputs (likewise), the code."""
+    """[B*HV, NT, 4, C] float32: beta, scale of do (0 at padding), its inverse for the outputs (likewise), a code.
+
+    The code is 1 where a document starts, 2 at padding, else minus the number of documents that start behind the token
+    in its chunk, so that tokens of one document know each other.
+    """
     heads, _, _ = beta.shape
     size = jnp.broadcast_to(size.reshape(heads, 1, 1), beta.shape)
     if code is None:
         return jnp.stack([beta, size, 1 / size, jnp.zeros_like(beta)], 2)
+    starts = (code == RESET).astype(jnp.int32)
+    code = jnp.where(code == 0, jnp.cumsum(starts, 2) - jnp.sum(starts, 2, keepdims=True), code)
     code = jnp.repeat(code, heads // code.shape[0], axis=0)
     keep = lambda x: jnp.where(code != PADDING, x, 0.0)
     return jnp.stack([beta, keep(size), keep(1 / size), code.astype(f32)], 2)

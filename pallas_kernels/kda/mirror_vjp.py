@@ -178,8 +178,12 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
     up = beta16 * w
     high = _round(dg_row, bf16)
     low = _round(dg_row - high, bf16)
-    suffix = partial(_einsum, "ti,...id->...td", (row <= col).astype(np.float32))
-    dg = jnp.where(token & ~start, suffix(high) + suffix(low) + boundary[..., None, :], 0) * unscale
+    behind = jnp.sum(start, -2, keepdims=True) - jnp.cumsum(start, -2)  # documents that start behind the token
+    same = behind == jnp.swapaxes(behind, -1, -2)
+    later = jnp.broadcast_to(jnp.where(row <= col, same, False), (*g.shape[:-1], C)).astype(f32)
+    suffix = partial(_einsum, "...ti,...id->...td", later)
+    at_exit = jnp.where(behind == 0, boundary[..., None, :], 0)
+    dg = jnp.where(token & ~start, suffix(high) + suffix(low) + at_exit, 0) * unscale
     draw = dg * slope
     norm_vjp = lambda y, rstd, dy: rstd * (dy - y * jnp.sum(y * dy, -1, keepdims=True)) if normalize_qk else dy
     dq, dk = norm_vjp(qn, q_rstd, dq), norm_vjp(kn, k_rstd, up + down)

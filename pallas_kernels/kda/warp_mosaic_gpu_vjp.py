@@ -391,6 +391,34 @@ def triangle(*, lower, inclusive, dtype=jnp.float16):
     return plgpu.layout_cast(run(), W)  # said twice, or the search for layouts goes on for minutes
 
 
+def _same_document(address):
+    """Words of ones where the codes of row and column, [64] float32 in shared memory, are equal; see `_triangle`."""
+    _, warp, row, col = _position()
+    at = lambda token: arith.addi(address, arith.shli(token, _c(2)))
+    first = arith.addi(arith.shli(warp, _c(4)), row)
+    load = lambda text, token, n: _asm(f"ld.shared.{text};", ["r"], [at(token)], f"r{n}", True)
+    of_rows = [load("b32 $0, [$1]", arith.addi(first, _c(x)), 1)[0] for x in (0, 8)]
+    words = []
+    for tile in range(C // 8):
+        of_columns = load("v2.b32 {$0, $1}, [$2]", arith.addi(col, _c(8 * tile)), 2)
+        for own in of_rows:
+            halves = [arith.select(_equal(own, x), _c(0xFFFF << 16 * i), _c(0)) for i, x in enumerate(of_columns)]
+            words.append(arith.ori(*halves))
+    return words
+
+
+def later_in_document(codes):
+    """0/1 [64, 64] bfloat16: ones on and above the diagonal where row and column have one code; [64] float32, in
+    shared memory."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((C, C), jnp.bfloat16, W))
+    def run(_, codes):
+        words = zip(_triangle(0x3F803F80, False, False, _less), _same_document(_base(codes)), strict=True)
+        return _array([arith.andi(*pair) for pair in words], jnp.bfloat16)
+
+    return plgpu.layout_cast(run(codes), W)
+
+
 def _fold(lower, upper, factor):
     """Words of float16: factor times the numbers below the diagonal of one array, those on and above it of another."""
     _, warp, row, col = _position()

@@ -77,17 +77,25 @@ def _in_segments(make_options, number: int):
     return functools.partial(make_options, count_segments=lambda *_, **__: number)
 
 
+def _check_documents(options, inputs, got):
+    """A change in one document of SEGMENTED reaches the segments before, and no bit of the other document."""
+    for changed, other in ((slice(130, 200), slice(200, None)), (slice(260, 350), slice(0, 200))):
+        arrays = {name: np.array(getattr(inputs, name)) for name in ("d_o", "v")}
+        for x in arrays.values():
+            x[:, changed] = x[:, changed][:, ::-1]
+        results = _gradients(options, SEGMENTED, inputs._replace(**arrays))
+        for name in ("o", "dq", "dk", "dv", "dg", "dbeta"):
+            np.testing.assert_array_equal(got[name][:, other], results[name][:, other])
+        before = slice(0, 128) if changed.start < 200 else slice(200, 256)
+        assert np.any(got["dv"][:, before] != results["dv"][:, before])
+
+
 def test_segments_of_time_compute_the_gradients_and_keep_documents_apart():
     inputs, three = make_inputs(SEGMENTED), _in_segments(on_cpu, 3)
     got = _gradients(three, SEGMENTED, inputs)
     # Measured: 2.1e-3 or less (da_log 1.4e-3), as with one segment.
     assert_all_close(got, exact(SEGMENTED, inputs), SEGMENTED.tolerance)
-    d_o = np.array(inputs.d_o)
-    d_o[:, 130:200] = d_o[:, 130:200][:, ::-1]  # the second segment, the first document
-    changed = _gradients(three, SEGMENTED, inputs._replace(d_o=d_o))
-    for name in ("dq", "dk", "dv", "dg", "dbeta"):
-        np.testing.assert_array_equal(got[name][:, 200:], changed[name][:, 200:])
-    assert np.any(got["dv"][:, :128] != changed["dv"][:, :128])
+    _check_documents(three, inputs, got)
 
 
 @pytest.mark.slow
@@ -144,7 +152,8 @@ def interpreted(monkeypatch):
         products=products, hidden_zero=lambda: jnp.int32(0), meet=plgpu.commit_smem, MULTIPROCESSORS=2,
         fine_tables=lambda *refs: [ref[...] for ref in refs], fine_levels=fine_levels,
         column_sums=column_sums, add_column_sums=lambda x, out: column_sums(x, out, out[...]),
-        triangle=_triangle, level_triangle=_level_triangle, level_pairs=_level_pairs, by_block=_by_block,
+        triangle=_triangle, later_in_document=_later_in_document, level_triangle=_level_triangle,
+        level_pairs=_level_pairs, by_block=_by_block,
         add_level=_add_level, fold=_fold, store_diagonal=_store_diagonal,
         cut=lambda x: tuple(jnp.split(x, 64 // warp.PART, 1)), join=lambda *parts: jnp.concatenate(parts, 1),
         fast_exp2=jnp.exp2, fast_log2=lambda x: jax.lax.log(x) * LOG2E, fast_rsqrt=jax.lax.rsqrt,
@@ -184,6 +193,11 @@ def _indices():
 def _triangle(*, lower, inclusive, dtype=jnp.float16):
     row, column = _indices()
     return ((column < row + inclusive) == lower).astype(dtype)
+
+
+def _later_in_document(codes):
+    codes = codes[...]
+    return _triangle(lower=False, inclusive=False) * (codes[:, None] == codes[None]).astype(jnp.float16)
 
 
 def _fold(lower, upper, factor):
@@ -251,6 +265,9 @@ def test_the_instructions_of_a_warp_make_triangles(machine):
         full = (lambda warp, block: block < warp) if lower else (lambda warp, block: warp < block)
         got = array(warp._triangle(one, lower, inclusive, full))
         np.testing.assert_array_equal(got, _triangle(lower=lower, inclusive=inclusive))
+    codes = np.repeat(np.float32([-2, 1, -1, 1, 0, 2]), [10, 1, 30, 1, 17, 5])
+    machine.write_f32(4096, codes)
+    np.testing.assert_array_equal(array(warp._same_document(np.full(128, 4096))) != 0, codes[:, None] == codes)
     for level in (4, 5):
         np.testing.assert_array_equal(array(warp._level_triangle(scalar(level))), _level_triangle(level))
         x = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
@@ -365,6 +382,8 @@ def test_segments_of_time_compute_the_gradients_on_a_gpu(case):
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
     assert_all_close(first, exact(case, inputs), case.tolerance)
+    if case is SEGMENTED:
+        _check_documents(cut, inputs, first)
 
 
 @on_gpu
