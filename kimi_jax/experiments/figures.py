@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kimi_jax.experiments.results import PF_DAY, SWEPT_OVER, Group, Result, group_runs
+from kimi_jax.experiments.results import PF_DAY, SWEPT_OVER, Group, Result, group_runs, grows
 from kimi_jax.experiments.scaling import PowerLaw, fit_power_law
 
 INK, GRID = "#1f2430", "#e3e6ec"
@@ -53,7 +53,7 @@ def _draw_curves(groups: Sequence[Group], metric: str, path: Path) -> Path | Non
             axes.plot(steps, mean, label=group.label, linewidth=1.5, **style)
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
             tops.extend(high[len(high) // 20 :])
-        if tops and not metric.endswith("accuracy"):
+        if tops and not grows(metric):
             axes.set_ylim(top=1.03 * max(tops))  # the first steps fall from the logarithm of the vocabulary
         axes.set_xlabel("optimizer step", color=INK)
 
@@ -71,7 +71,7 @@ def _across_seeds(group: Group, metric: str) -> tuple[np.ndarray, ...]:
 def _draw_bars(groups: Sequence[Group], metric: str, path: Path) -> Path | None:
     """The last value of each group as a bar, best first, its seeds as points."""
     shown = [(group.label, group.values(metric)) for group in groups if group.values(metric)]
-    shown.sort(key=lambda item: np.mean(item[1]), reverse=metric.endswith("accuracy"))
+    shown.sort(key=lambda item: np.mean(item[1]), reverse=grows(metric))
     if len(shown) < 2 or len(shown) > MANY or metric == "loss_nats":
         return None
 

@@ -22,7 +22,15 @@ VALIDATION = ("validation_loss_nats", "validation_bits_per_byte", "validation_ac
 POSITION = "_loss_nats_from_"  # between an evaluation's name and where a bin of positions begins
 LENGTH_KEY = "data.seq_len"
 
+SMALL_IS_GOOD = ("loss_nats", "bits_per_byte", "perplexity")  # all else is the larger the better, as accuracies are
+
 SWEPT_OVER = (LENGTH_KEY, "train.batch_size", "optim.peak_lr")  # what a family of runs is looked at across
+
+
+def grows(metric: str) -> bool:
+    """Whether a better model has more of it."""
+    name = metric.partition(",")[0]  # behind a comma stands a filter of lm-evaluation-harness
+    return not name.endswith(SMALL_IS_GOOD)
 
 
 @dataclass(frozen=True)
@@ -84,9 +92,9 @@ class Result:
         return values[-1][1] if values else None
 
     def best(self, metric: str) -> float | None:
-        """The largest accuracy, or the smallest of anything else."""
+        """The largest of what should be large, or the smallest of what should be small."""
         values = [value for _, value in self.series(metric)]
-        choose = max if metric.endswith("accuracy") else min
+        choose = max if grows(metric) else min
         return choose(values) if values else None
 
 

@@ -13,7 +13,7 @@ from kimi_jax.config.load import dump
 from kimi_jax.errors import UserError
 from kimi_jax.experiments.figures import _near, fit_families, scaling_points
 from kimi_jax.experiments.report import write_report
-from kimi_jax.experiments.results import SWEPT_OVER, Result, _label, group_runs, read_results
+from kimi_jax.experiments.results import SWEPT_OVER, Result, _label, group_runs, grows, read_results
 from kimi_jax.experiments.scaling import compute_ratio, fit_power_law
 from kimi_jax.experiments.sweep import load_sweep
 from kimi_jax.train.run_dir import RunDir
@@ -97,6 +97,12 @@ def test_further_evaluations_and_positions_are_shown(tmp_path):
     assert figures >= {"long_loss_nats_bars.png", "recall_accuracy_bars.png", "long_by_position.png"}
     assert all(is_picture(path) for path in written if path.suffix == ".png")
     assert read_results(runs_dir)[-1].by_position("long") == {0: 4.0, 64: 3.9, 128: 3.8}
+
+
+def test_of_accuracies_more_is_better_and_of_losses_less():
+    more = ("validation_accuracy", "lossy_arc_easy_acc", "bench_gsm8k_exact_match,strict-match")
+    less = ("validation_loss_nats", "a_bits_per_byte", "bench_wikitext_word_perplexity", "x_perplexity,none")
+    assert all(map(grows, more)) and not any(map(grows, less))
 
 
 def test_seeds_measured_at_other_steps_and_lines_without_height_can_be_drawn(tmp_path):
