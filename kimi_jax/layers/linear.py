@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -46,12 +47,19 @@ def _project_bwd(spec, saved, dy):
 _project.defvjp(_project_fwd, _project_bwd)
 
 
+def is_longer(x: Float[Array, "*B D"], weights: Sequence[Float[Array, "D R"]]) -> bool:
+    """Whether x has more rows than the matrices have columns: then it pays to join these, so that x is read once."""
+    return math.prod(x.shape[:-1]) > sum(w.shape[1] for w in weights)
+
+
 def project_narrow(x: Float[Array, "B T D"], weights: Sequence[Float[Array, "D R"]]) -> list[Float[Array, "B T R"]]:
-    """Contracts activations with several matrices of few columns as one: x, and its gradient, pass through memory once.
+    """Contracts activations with several matrices of few columns: as one for many tokens.
 
     Args:
       weights: of one dtype.
     """
+    if not is_longer(x, weights):
+        return [project("BTD,DR->BTR", x, w) for w in weights]
     ends = list(itertools.accumulate(w.shape[1] for w in weights))
     return jnp.split(project("BTD,DR->BTR", apart(x), jnp.concatenate(weights, axis=1)), ends[:-1], axis=-1)
 

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from kimi_jax.config.model import DenseFfn
-from kimi_jax.layers.linear import project
+from kimi_jax.layers.linear import is_longer, project
 from kimi_jax.layers.param import normal, param
 
 
@@ -20,27 +20,37 @@ class SwiGlu(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate[...])
-        up_BTF = project("BTD,DF->BTF", x_BTD, self.up[...])
-        return project("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), self.down[...])
+        weights = self.gate[...], self.up[...]
+        if is_longer(x_BTD, weights):  # beside each other, not one after the other: so each device keeps its part of F
+            both_BTGF = project("BTD,DGF->BTGF", x_BTD, jnp.stack(weights, axis=1))
+        else:
+            both_BTGF = jnp.stack([project("BTD,DF->BTF", x_BTD, w) for w in weights], axis=2)
+        return project("BTF,FD->BTD", swiglu(both_BTGF), self.down[...])
 
 
 @jax.custom_vjp
-def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
-    """silu(gate) up, computed in float32 and rounded once; the backward pass keeps the arguments alone."""
-    wide = gate.astype(jnp.float32)
-    return (wide * jax.nn.sigmoid(wide) * up.astype(jnp.float32)).astype(gate.dtype)
+def swiglu(both: Float[Array, "*B 2 F"]) -> Float[Array, "*B F"]:
+    """silu(gate) up, computed in float32 and rounded once; the backward pass keeps the argument alone."""
+    gate, up = _halves(both)
+    return (gate * jax.nn.sigmoid(gate) * up).astype(both.dtype)
 
 
-def _swiglu_forward(gate, up):
-    return swiglu(gate, up), (gate, up)
+def _halves(both):
+    return (both[..., i, :].astype(jnp.float32) for i in range(2))
 
 
-def _swiglu_backward(saved, dy):
-    gate, up, dy = (x.astype(jnp.float32) for x in (*saved, dy))
+def _swiglu_forward(both):
+    return swiglu(both), both
+
+
+def _swiglu_backward(both, dy):
+    (gate, up), wide = _halves(jax.lax.optimization_barrier(both)), dy.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)
-    d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return d_gate.astype(saved[0].dtype), (dy * gate * sigmoid).astype(saved[1].dtype)
+    d_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
+    # Names of their own for the other half: what both share XLA would write to memory first, in float32.
+    both, dy = jax.lax.optimization_barrier((both, dy))
+    d_up = dy.astype(jnp.float32) * jax.nn.silu(next(_halves(both)))
+    return (jnp.stack([d_gate.astype(both.dtype), d_up.astype(both.dtype)], axis=-2),)
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)

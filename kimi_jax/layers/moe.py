@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from kimi_jax.config.model import MoeFfn
+from kimi_jax.layers.linear import fan_out
 from kimi_jax.layers.mlp import SwiGlu
 from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.router import Router, RouterStats, Routing
@@ -98,6 +99,7 @@ class Moe(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid_BT is None else valid_BT
-        routing, stats = self.router(x_BTD, valid_BT)
+        x_BTD, for_router = fan_out(x_BTD, 2)
+        routing, stats = self.router(for_router, valid_BT)
         y_BTD, dropped = self.dispatch(self.experts, x_BTD, routing, self.shared or jnp.zeros_like)
         return y_BTD, stats._replace(dropped=dropped)

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.config.model import MoeFfn
+from kimi_jax.layers.linear import apart
 from kimi_jax.layers.param import buffer, normal, param
 from pallas_kernels.top_k.api import top_k
 
@@ -47,7 +48,7 @@ class Router(nnx.Module):
 
     @jax.named_scope("router")
     def __call__(self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"]) -> tuple[Routing, RouterStats]:
-        logits_BTE = multiply_exactly(jnp.where(valid_BT[..., None], x_BTD, 0), self.weight[...])
+        logits_BTE = multiply_exactly(jnp.where(valid_BT[..., None], apart(x_BTD), 0), self.weight[...])
         score_BTE = jax.nn.sigmoid(logits_BTE)
         choice_BTE = jax.lax.stop_gradient(score_BTE + self.bias[...][None, None, :])
         expert_BTk = top_k(choice_BTE, self.top_k)

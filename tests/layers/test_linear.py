@@ -44,7 +44,7 @@ def test_values_and_gradients(spec, dtype):
 
 def test_narrow_products_are_those_of_each_matrix():
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 9, 8)), jnp.float32)  # more tokens than columns
     weights = [jnp.asarray(rng.normal(size=(8, n)), jnp.float32) for n in (4, 1, 3)]
 
     def together(x, *weights):
