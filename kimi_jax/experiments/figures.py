@@ -14,6 +14,8 @@ COLORS = ("#3b6fb6", "#d1495b", "#2e8b57", "#e09f3e", "#7b5ea7", "#3aa6a6", "#8c
 MARKERS = "osD^vP"
 LOSS, RATE_KEY = "validation_loss_nats", "optim.peak_lr"
 FAR = 8.0  # times the distance from the best to the median: what lies beyond is cut off
+ACCURACIES = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 1)  # marks of an axis on which what is nearly learnt stands apart
+BEYOND = 1.005  # accuracy that stands at infinity there
 MANY = 24  # lines in one figure beyond which nothing can be told apart
 METRIC_NAMES = {
     "loss_nats": "training loss (nats per token)",
@@ -227,7 +229,9 @@ def _draw_by_task(
                 sparse = max(1, len(points) // 12)
                 axes.plot(list(points), list(points.values()), label=label, linewidth=1.5, markevery=sparse, **style)
             finish(axes)
-            axes.set_ylim(-0.03, 1.03)
+            axes.set_yscale("function", functions=(lambda y: -np.log(BEYOND - y), lambda z: BEYOND - np.exp(-z)))
+            axes.set_ylim(-0.03, 1.001)
+            axes.set_yticks(ACCURACIES, [f"{accuracy:g}" for accuracy in ACCURACIES])
             axes.set_title(task, color=INK, fontsize=11)
 
     return _save(draw, path, METRIC_NAMES["validation_accuracy"], panels=len(families))
