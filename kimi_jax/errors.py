@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,9 @@ def exit_on_user_error() -> Iterator[None]:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who read the output has gone, as `head` does; the rest of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in STORAGE:
             raise

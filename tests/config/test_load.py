@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +215,15 @@ def test_memory_that_does_not_suffice_is_one_line(allocate, capsys):
     assert exited.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: memory does not suffice: ") and "alloc" in line
+
+
+def test_a_reader_that_goes_is_no_error():
+    """As in `| head -1`: nothing is said, neither by us nor by Python when it ends."""
+    code = "from kimi_jax.errors import *\nwith exit_on_user_error(): print('x' * 10**6)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no such file", "x"), RuntimeError("else")])

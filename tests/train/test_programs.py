@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from kimi_jax.errors import UserError
 from kimi_jax.train.programs import KEPT_BYTES, SCHEDULER, compile_step, keep_programs
 
 SETTINGS = (
@@ -83,3 +84,13 @@ def test_what_is_kept_is_bounded(monkeypatch, settings):
         jax.config.update("jax_compilation_cache_max_size", int(1.5 * files[0].stat().st_size))
         compilation_cache.reset_cache()
     assert [len(files) for files in kept] == [1, 1] and kept[0] != kept[1]
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'x'\nmore")])
+def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(jax, "default_backend", refuse)
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS=\w+: no such device: (its package|Unable)[^\n]*$"):
+        keep_programs()
