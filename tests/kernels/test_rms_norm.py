@@ -86,5 +86,6 @@ def test_members_have_gains_of_their_own():
     run = functools.partial(rms_norm_gradients, eps=EPS, implementation="mosaic_gpu")
     got = jax.jit(jax.vmap(run))(*(np.stack(a) for a in zip(*members, strict=True)))
     for i, member in enumerate(members):
-        for both, one in zip(got, run(*map(jnp.asarray, member)), strict=True):
-            np.testing.assert_array_equal(both[i], one)
+        dx, d_weight = run(*map(jnp.asarray, member))
+        np.testing.assert_array_equal(got[0][i], dx)
+        np.testing.assert_allclose(got[1][i], d_weight, rtol=1e-5)  # XLA adds the parts in another order: 1.5e-6
