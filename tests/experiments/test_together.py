@@ -185,6 +185,9 @@ def test_other_differences_are_refused(tmp_path):
     message = "train.batch_size is 4 in one and 8 in another; only optim.peak_lr"
     with pytest.raises(UserError, match=message):
         train_together([make(1e-2), make(1e-3, batch_size=8)], [tmp_path / "a", tmp_path / "b"])
+    benchmark = {"bench": {"kind": "lm_eval", "tasks": ["any"]}}
+    with pytest.raises(UserError, match=r"train.evaluations.bench.kind=lm_eval is not supported"):
+        train_together([make(rate, evaluations=benchmark) for rate in RATES], [tmp_path / "a", tmp_path / "b"])
     assert not (tmp_path / "a").exists()
 
 
