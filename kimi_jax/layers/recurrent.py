@@ -10,9 +10,10 @@ from jaxtyping import Array, DTypeLike, Float
 from kimi_jax.config.mixer import Decay, LinearMixer
 from kimi_jax.layers.cache import RecurrentCache
 from kimi_jax.layers.decay import build_decay
-from kimi_jax.layers.linear import project_narrow
+from kimi_jax.layers.linear import project, project_narrow
 from kimi_jax.layers.output_gate import GatedOutput
 from kimi_jax.layers.qkv import ConvolvedQkv, StepSize
+from pallas_kernels.partition import HEAD_AXES, free_axes_of
 
 
 class Narrow(NamedTuple):
@@ -35,8 +36,11 @@ class RecurrentMixer(nnx.Module):
         self.output = GatedOutput(cfg, model_dim=model_dim, std=std, rngs=rngs)
 
     def project_narrow(self, x_BTD: Float[Array, "B T D"]) -> Narrow:
-        """Contracts the layer's input with the matrices of few columns."""
+        """Contracts the layer's input with the matrices of few columns, each by itself where heads are cut: of one
+        matrix of parts that are cut and parts that are not, XLA sends all to all devices."""
         weights = Narrow(self.decay.narrow, self.beta.narrow, self.output.gate.narrow)
+        if free_axes_of(HEAD_AXES, weights.beta.shape[1]):
+            return jax.tree.map(lambda w: project("BTD,DR->BTR", x_BTD, w), weights)
         leaves, structure = jax.tree.flatten(weights)
         return jax.tree.unflatten(structure, project_narrow(x_BTD, leaves))
 
