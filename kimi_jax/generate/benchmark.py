@@ -59,7 +59,9 @@ class Benchmark:
         return {f"{figure.task}_{figure.metric}": figure.value for figure in read_figures(results)}
 
 
+_whole = jax.jit(lambda x: x, out_shardings=PartitionSpec())  # on every device of the mesh in use
+
+
 def _on_first_device(arrays: PyTree) -> PyTree:
-    """Copies arrays, however they are cut over the mesh in use, to the first device of each process."""
-    whole = jax.jit(lambda x: x, out_shardings=PartitionSpec())(arrays)
-    return jax.tree.map(lambda x: x.addressable_data(0), whole)
+    """Copies arrays to the first device of each process, one by one: the other devices hold one of them at a time."""
+    return jax.tree.map(lambda x: _whole(x).addressable_data(0), arrays)
