@@ -99,8 +99,8 @@ def test_a_finished_run_says_so(hybrid, whole, capsys):
 def test_stopped_and_resumed_equals_whole(hybrid, whole, tmp_path, monkeypatch):
     report = loop._Loop._report
 
-    def stop_at_five(self, record):
-        report(self, record)
+    def stop_at_five(self, record, measured):
+        report(self, record, measured)
         if record["step"] == 5:
             signal.raise_signal(signal.SIGTERM)
 
