@@ -38,10 +38,10 @@ class Options(NamedTuple):
     count_segments: Callable = count_segments
     axis: str | None = None  # over which time is cut, see `pallas_kernels.relay`
 
-    def count(self, v: Float[Array, "B T HV V"], rows: int) -> int:
-        """Segments of time for so many rows."""
-        _, T, HV, V = v.shape
-        return self.count_segments(T // C, _blocks(rows * HV, V), mapped=self.axis is not None)
+    def count(self, v: Float[Array, "B T HV V"]) -> int:
+        """Segments of time, without regard to members of `jax.vmap`: of cotangents there may be more than of inputs."""
+        B, T, HV, V = v.shape
+        return self.count_segments(T // C, _blocks(B * HV, V), mapped=self.axis is not None)
 
 
 def _blocks(heads: int, channels: int) -> int:
@@ -162,12 +162,13 @@ def forward(options: Options, q, k, v, g, beta, gate: Gate, initial_state, code,
       (o, final state [B, HV, V, K], residuals or None): residuals are (prepared, beta per chunk, entering states, R,
       M of the segments or None).
     """
-    run = by_rows(functools.partial(_run_kernels, options, keep, options.count(v, len(v))))
+    run = by_rows(functools.partial(_run_kernels, options, keep, options.count(v)))
     return run(q, k, v, g, beta, gate, initial_state, code, continued)
 
 
-def _run_kernels(options: Options, keep: bool, room: int, q, k, v, g, beta, gate: Gate, initial_state, code, continued):
-    """`room`: segments of the rows without those that `jax.vmap` adds, which are fewer and have at least as many."""
+def _run_kernels(
+    options: Options, keep: bool, segments: int, q, k, v, g, beta, gate: Gate, initial_state, code, continued
+):
     B, T, HV, V = v.shape
     steps = jnp.moveaxis(beta.astype(jnp.float32), 2, 1).reshape(B, HV, T // C, C)
     if code is not None:
@@ -178,19 +179,9 @@ def _run_kernels(options: Options, keep: bool, room: int, q, k, v, g, beta, gate
     split = blocks_per_head(V, B * HV)
     enter = functools.partial(_enter, options.axis, continued, (B, HV)) if options.axis else None
     o, final, kept, applied = options.recur(
-        *(prepared, v, steps, code, first), keep=keep, split=split, segments=options.count(v, B), enter=enter
+        *(prepared, v, steps, code, first), keep=keep, split=split, segments=segments, enter=enter
     )
-    residuals = None
-    if keep:
-        residuals = prepared, steps, *kept, _fill(applied, room, final)
-    return o, final.reshape(B, HV, V, -1), residuals
-
-
-def _fill(applied, room: int, like: Float[Array, "BH V K"]) -> Float[Array, "BH S K K"] | None:
-    """M of up to `room` segments as an array of that many, so that residuals have one shape under `jax.vmap`."""
-    if applied is None:
-        return jnp.zeros((len(like), room, like.shape[2], like.shape[2]), jnp.float32) if room > 1 else None
-    return jnp.pad(applied, ((0, 0), (0, room - applied.shape[1]), (0, 0), (0, 0)))
+    return o, final.reshape(B, HV, V, -1), (prepared, steps, *kept, applied) if keep else None
 
 
 def _enter(axis: str, continued, heads: tuple[int, int], added, applied):
@@ -220,12 +211,11 @@ def _core_backward(options: Options, residuals, cotangents):
 def _run_back(options: Options, q, k, g, gate: Gate, code, continued, kept, d_o, d_final):
     prepared, steps, states, errors, applied = kept
     B, T = d_o.shape[:2]
-    segments, leave = options.count(d_o, B), None
+    leave = None
     padding = None if code is None else (code == PADDING).reshape(B, T)
     size = cotangent_scale(d_o, d_final, padding, options.axis)
     if options.axis:
         leave = functools.partial(_leave, options.axis, continued, d_final * size[:, :, None, None])
-    applied = applied[:, :segments] if segments > 1 or options.axis else None
     return options.backward(
         *(q, k, g, steps, code, gate, prepared, states, errors, applied, d_o, d_final, size),
         **dict(scale=options.scale, normalize_qk=options.normalize_qk, leave=leave),

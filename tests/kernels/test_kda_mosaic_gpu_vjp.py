@@ -108,23 +108,26 @@ def test_chunks_filled_up_with_padding_change_nothing(monkeypatch):
 
 
 @pytest.mark.slow
-def test_segments_are_chosen_for_the_rows_of_all_models():
-    """Three for the rows of one model, one for those of two, in a loop that is traced before models are joined."""
-    few = functools.partial(on_cpu, count_segments=lambda chunks, blocks, **_: 3 if blocks == 2 else 1)
+@pytest.mark.parametrize("of_all", [True, False], ids=["inputs and cotangents", "cotangents"])
+def test_members_are_cut_like_one_model(of_all):
+    """Six segments for the rows of one model, in a loop that is traced before models are joined, three for two's."""
+    few = functools.partial(on_cpu, count_segments=lambda chunks, blocks, **_: 6 if blocks == 2 else 3)
     inputs = make_inputs(SEGMENTED)
-    rows = [inputs._replace(v=inputs.v * factor) for factor in (1, -2)]
+    values, cotangents = (jnp.stack([jnp.asarray(x), -2 * jnp.asarray(x)]) for x in (inputs.v, inputs.d_o))
+    gate = make_gate(SEGMENTED, inputs)
 
-    def loss(v, inputs):
+    def layers(v):
         def layer(v, _):
-            o, _ = mosaic_gpu.padded(few(0.1, True), *inputs[:2], v, *inputs[3:5], None, None, inputs.segment_ids)
+            o, _ = mosaic_gpu.padded(few(0.1, True), *inputs[:2], v, *inputs[3:5], gate, None, None)
             return o.astype(v.dtype), None
 
-        return jnp.sum(jax.lax.scan(layer, v, None, length=2)[0].astype(jnp.float32) ** 2)
+        return jax.lax.scan(layer, v, None, length=2)[0]
 
-    gradient = jax.jit(jax.grad(lambda v: loss(v, inputs)))
-    together = jax.jit(jax.vmap(gradient))(jnp.stack([x.v for x in rows]))
-    for x, got in zip(rows, together, strict=True):
-        assert error_ratio(got, gradient(x.v)) < 3e-3
+    pull = jax.jit(lambda v, d_o: jax.vjp(layers, v)[1](d_o)[0])
+    together = jax.jit(jax.vmap(pull, in_axes=(0 if of_all else None, 0)))(values if of_all else values[0], cotangents)
+    for i, got in enumerate(together):
+        want = pull(values[i if of_all else 0], cotangents[i])
+        assert error_ratio(got, want) < 1e-6  # measured 0; 4.6e-2 where the gradients are cut unlike the states
 
 
 @pytest.fixture
