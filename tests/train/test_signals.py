@@ -10,6 +10,14 @@ import pytest
 from kimi_jax.train.signals import catch_stop_signals, exit_on_sigterm
 
 
+@pytest.fixture(autouse=True)
+def foreground():
+    """A shell has processes that it starts with & ignore Ctrl-C."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_is_noted(number):
     with catch_stop_signals() as stop:
