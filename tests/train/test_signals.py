@@ -84,9 +84,9 @@ def test_sigterm_within_the_garbage_collector_is_not_lost():
             signal.raise_signal(signal.SIGTERM)
             sum(range(10))  # the handler runs here
 
-    gc.callbacks.append(callback)
     try:
         with pytest.raises(SystemExit) as ended, exit_on_sigterm():
+            gc.callbacks.append(callback)  # not before: the collector may start at any moment
             gc.collect()
             came.append("after")
             time.sleep(5)
