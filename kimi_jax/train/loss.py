@@ -132,11 +132,11 @@ def _forward(hidden_BTD, weight_DA, targets_BT, mask_BT, count, z_weight, chunk)
 
     def per_chunk(carry, inputs):
         (loss_sum, square_sum), d_weight = carry
-        (hidden, targets, mask), chunk_shape = (x.reshape(-1, *x.shape[2:]) for x in inputs), inputs[0].shape
+        hidden, targets, mask = (x.reshape(-1, *x.shape[2:]) for x in inputs)
         rows = cross_entropy_gradients(hidden, weight, targets, _masked(mask, 1 / count), z_weight=z_weight)
         lse = _masked(mask, rows.log_sum_exp)
         sums = loss_sum + jnp.sum(lse - _masked(mask, rows.target)), square_sum + jnp.sum(jnp.square(lse))
-        return (sums, d_weight + rows.d_weight), rows.d_x.reshape(chunk_shape)
+        return (sums, d_weight + rows.d_weight), rows.d_x.reshape(inputs[0].shape)
 
     zeros = ((jnp.zeros(()), jnp.zeros(())), jnp.zeros(weight_DA.shape, jnp.float32))
     inputs = _to_chunks((hidden_BTD, targets_BT, mask_BT), weight_DA.shape[1], chunk)

@@ -62,7 +62,8 @@ def cross_entropy_gradients(
       targets: int32 in [0, A); any value where the scale is 0.
       scale: float32, of each row's share of the loss.
       z_weight: factor on the squared log-sum-exp.
-      implementation: "auto", "mosaic_gpu" or "xla".
+      implementation: "auto", "mosaic_gpu" or "xla". To the kernel a logit further than 55 above the row's target is one
+        that is 55 above: the loss of such a row is too small.
 
     Raises:
       NotImplementedError: the implementation refuses these arguments.

@@ -55,4 +55,4 @@ def test_narrow_products_are_those_of_each_matrix():
         return sum(jnp.sum(jnp.sin(jnp.einsum("BTD,DR->BTR", x, w))) for w in weights) + jnp.sum(x**2)
 
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(x, *weights) for f in (together, each))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)  # measured 9.5e-7

@@ -96,7 +96,7 @@ def test_gradients_of_a_vocabulary_in_parts(monkeypatch, form):
     with jax.set_mesh(build_mesh(config.Mesh(data=2, tensor=4))):
         got = run(x, weight, targets, scale)
     for one, many in zip(want, got, strict=True):
-        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6)  # measured 3.6e-6 of values up to 4.8
 
 
 KERNELS = [  # sizes that the Hopper kernels take; bfloat16
