@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,8 +38,10 @@ def exit_on_user_error() -> Iterator[None]:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # who read the output has gone, as `head` does; the rest of it goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the output goes nowhere
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in STORAGE:
@@ -53,6 +56,13 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as behind `| head`; another pipe may have broken, to a worker."""
+    output = select.poll()
+    output.register(sys.stdout, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
 @contextlib.contextmanager

@@ -226,7 +226,10 @@ def test_a_reader_that_goes_is_no_error():
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no such file", "x"), RuntimeError("else")])
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError(errno.ENOENT, "no such file", "x"), RuntimeError("else"), BrokenPipeError("of a worker")],
+)
 def test_other_system_errors_keep_their_traceback(error):
     with pytest.raises(type(error)), exit_on_user_error():
         raise error
