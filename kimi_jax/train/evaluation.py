@@ -29,10 +29,10 @@ from kimi_jax.types import Variables
 type Sums = Mapping[str, Any]
 """Of a batch, over its scored tokens: loss_nats, tokens, correct, bytes; by position loss_nats_at and tokens_at."""
 
-type Benchmark = Callable[[Variables, Variables, Callable[[], None]], Mapping[str, float]]
+type RunBenchmark = Callable[[Variables, Variables, Callable[[], None]], Mapping[str, float]]
 """(params, buffers, a sign of life) -> its figures by name; the model may be cut over devices in any way."""
 
-type OpenBenchmark = Callable[[LmEval, ModelConfig, Tokenizer], Benchmark]
+type OpenBenchmark = Callable[[LmEval, ModelConfig, Tokenizer], RunBenchmark]
 """Finds the tasks and reads their documents; raises `UserError` for what cannot be run."""
 
 VALIDATION = "validation"
@@ -160,7 +160,7 @@ def _source(cfg: RunConfig, name: str, evaluation: LossEvaluation) -> DataConfig
     return validate(source.model_dump() | {"seq_len": evaluation.seq_len}, type(source), source=f"evaluation {name}")
 
 
-def open_benchmarks(cfg: RunConfig, data: Dataset, open_benchmark: OpenBenchmark | None) -> dict[str, Benchmark]:
+def open_benchmarks(cfg: RunConfig, data: Dataset, open_benchmark: OpenBenchmark | None) -> dict[str, RunBenchmark]:
     """Opens the benchmarks among `train.evaluations`.
 
     Args:

@@ -27,9 +27,9 @@ from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.devices import model_flops_utilization
 from kimi_jax.train.display import Display, Silence
 from kimi_jax.train.evaluation import (
-    Benchmark,
     Evaluator,
     OpenBenchmark,
+    RunBenchmark,
     fetch,
     is_due,
     mean_metrics,
@@ -135,7 +135,7 @@ class _Loop:
         recipe: Recipe,
         mesh: Mesh,
         data: Dataset,
-        benchmarks: Mapping[str, Benchmark],
+        benchmarks: Mapping[str, RunBenchmark],
         store: CheckpointStore,
         paths: RunDir,
         display: Display | Silence,

@@ -6,7 +6,7 @@ import numpy as np
 
 ITERATIONS = 30  # of Remez's exchange; its extrema settle to double precision in a handful
 NARROW = 1e-4  # half the width of an interval around 1 in which Taylor's polynomial is as good
-SAFETY = 1.01  # rounding moves singular values over the upper end of an interval, where errors grow 25-fold per step
+SAFETY = 1.01  # rounding takes singular values over the end of an interval, where errors grow up to 26-fold per step
 
 
 class Polynomial(NamedTuple):

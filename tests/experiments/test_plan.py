@@ -175,7 +175,7 @@ SENT = [  # mesh, other overrides, collectives, what they carry, relative differ
     ("expert=4,data=2", (), ("all-to-all",), "tokens, to their experts and back", 0.05),
     ("data=8", (MUON,), ("all-gather",), "updates, gathered", 0.001),
     ("data=4,tensor=2", (MUON,), ("all-to-all",), "matrices, put together and given back", 0.001),
-    ("data=4,tensor=2", (), ("all-gather", "all-to-all", "collective-permute"), "all but sums", 0),
+    ("data=4,tensor=2", (), ("all-gather", "all-to-all", "collective-permute"), "nothing", 0),  # heads: sums alone
 ]
 
 
