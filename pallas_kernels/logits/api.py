@@ -63,7 +63,7 @@ def cross_entropy_gradients(
       scale: float32, of each row's share of the loss.
       z_weight: factor on the squared log-sum-exp.
       implementation: "auto", "mosaic_gpu" or "xla". To the kernel a logit further than 55 above the row's target is one
-        that is 55 above: the loss of such a row is too small.
+        that is 55 above: the loss of such a row is too small, its gradient that of equal logits.
 
     Raises:
       NotImplementedError: the implementation refuses these arguments.
