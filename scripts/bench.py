@@ -119,7 +119,8 @@ def bench_train(arguments: argparse.Namespace) -> None:
     rows = []
     options = {"profiled": 2 if arguments.profile else 0, "document": arguments.document}
     for row in steps.compare(cfgs, peers, steps=arguments.steps, **options):
-        print(f"{row.name}: {row.measured.device if row.measured else row.note}", file=sys.stderr)
+        line = steps.table([row]).splitlines()[-1]  # what is cut off later has said this
+        print(f"{row.measured.device if row.measured else 'failed'} {line}", file=sys.stderr, flush=True)
         if row.measured and row.measured.profile:
             print(f"{row.measured.profile}\n")
         rows.append(row)
