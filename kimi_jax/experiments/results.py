@@ -22,7 +22,7 @@ VALIDATION = ("validation_loss_nats", "validation_bits_per_byte", "validation_ac
 POSITION = "_loss_nats_from_"  # between an evaluation's name and where a bin of positions begins
 LENGTH_KEY = "data.seq_len"
 
-SMALL_IS_GOOD = ("loss_nats", "bits_per_byte", "perplexity")  # all else is the larger the better, as accuracies are
+SMALL_IS_GOOD = ("loss_nats", "bits_per_byte", "perplexity", "brier_score")  # all else is the larger the better
 
 SWEPT_OVER = (LENGTH_KEY, "train.batch_size", "optim.peak_lr")  # what a family of runs is looked at across
 

@@ -141,7 +141,7 @@ def rehearse(known: "Tasks", names: list[str], cfg: ModelConfig, tokenizer: Toke
     except UserError:
         raise
     except Exception as error:  # no file, no network, a package that a task needs, its code: errors of many types
-        raise UserError(f"tasks {', '.join(names)}: {' '.join(str(error).split())}") from error
+        raise UserError(f"tasks {', '.join(names)}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def run_tasks(answering: "Requests", known: "Tasks", names: list[str], **settings: Any) -> dict[str, Any]:

@@ -101,7 +101,13 @@ def test_further_evaluations_and_positions_are_shown(tmp_path):
 
 def test_of_accuracies_more_is_better_and_of_losses_less():
     more = ("validation_accuracy", "lossy_arc_easy_acc", "bench_gsm8k_exact_match,strict-match")
-    less = ("validation_loss_nats", "a_bits_per_byte", "bench_wikitext_word_perplexity", "x_perplexity,none")
+    less = (
+        "validation_loss_nats",
+        "a_bits_per_byte",
+        "bench_wikitext_word_perplexity",
+        "x_perplexity,none",
+        "y_brier_score,none",
+    )
     assert all(map(grows, more)) and not any(map(grows, less))
 
 
