@@ -1,6 +1,6 @@
 """What a run measures beside its validation loss."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -31,7 +31,7 @@ class LmEval(Config):
     """Tasks of lm-evaluation-harness (extra `eval`), on text data alone."""
 
     kind: Literal["lm_eval"] = "lm_eval"
-    tasks: tuple[str, ...]
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names that the harness knows, or that `include` defines; `mmlu` is a group, `*` stands for any letters."""
     limit: PositiveInt | None = None
     """Documents per task; unset: all."""
@@ -43,10 +43,6 @@ class LmEval(Config):
     """Validations of the run from one to the next; the last step always has one."""
     batch_size: PositiveInt = 8
     """Rows that run together at most."""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if not self.tasks:
-            yield "tasks", "names none"
 
 
 def _loss_by_default(value: Any) -> Any:
