@@ -132,6 +132,18 @@ def _level_gradients(level, *, through, keys, queries, beta, da, dl):
     return new, jnp.where(odd, qf * by_a + read * by_l, -kf * (by_a + by_l))
 
 
+def _sum_later(dg_row, boundary, start):
+    """Sums rows from each token to the end of its document or, with the `boundary` there, of the chunk."""
+    high = _round(dg_row, bf16)
+    low = _round(dg_row - high, bf16)
+    behind = jnp.sum(start, -2, keepdims=True) - jnp.cumsum(start, -2)  # documents that start behind the token
+    same = behind == jnp.swapaxes(behind, -1, -2)
+    row, col = np.arange(C)[:, None], np.arange(C)[None]
+    later = jnp.broadcast_to(jnp.where(row <= col, same, False), (*dg_row.shape[:-1], C)).astype(f32)
+    suffix = partial(_einsum, "...ti,...id->...td", later)
+    return suffix(high) + suffix(low) + jnp.where(behind == 0, boundary[..., None, :], 0)
+
+
 def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, gate: Gate, *, scale, normalize_qk):
     """Gradients of every input inside its chunk.
 
@@ -176,14 +188,7 @@ def chunk_gradients(q, k, raw, beta, code, t, gamma, h, r, ds, p, do, unscale, g
     dq, down = dq + da_diagonal * kn, down + da_diagonal * qn
     dbeta = dbeta + jnp.sum(kn * w, -1)
     up = beta16 * w
-    high = _round(dg_row, bf16)
-    low = _round(dg_row - high, bf16)
-    behind = jnp.sum(start, -2, keepdims=True) - jnp.cumsum(start, -2)  # documents that start behind the token
-    same = behind == jnp.swapaxes(behind, -1, -2)
-    later = jnp.broadcast_to(jnp.where(row <= col, same, False), (*g.shape[:-1], C)).astype(f32)
-    suffix = partial(_einsum, "...ti,...id->...td", later)
-    at_exit = jnp.where(behind == 0, boundary[..., None, :], 0)
-    dg = jnp.where(token & ~start, suffix(high) + suffix(low) + at_exit, 0) * unscale
+    dg = jnp.where(token & ~start, _sum_later(dg_row, boundary, start), 0) * unscale
     draw = dg * slope
     norm_vjp = lambda y, rstd, dy: rstd * (dy - y * jnp.sum(y * dy, -1, keepdims=True)) if normalize_qk else dy
     dq, dk = norm_vjp(qn, q_rstd, dq), norm_vjp(kn, k_rstd, up + down)
