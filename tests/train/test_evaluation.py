@@ -93,5 +93,5 @@ def test_a_benchmark_needs_text_and_something_that_runs_it(small, changed):
     task = cfg.model_copy(update={"data": MqarData(seq_len=64)})
     with pytest.raises(UserError, match=r"bench: kind lm_eval needs text, and data.kind=mqar has no tokenizer"):
         open_benchmarks(task, build_dataset(task.data, batch_size=8), lambda *_: None)
-    with pytest.raises(ValueError, match="tasks\n.*at least 1 item"):
+    with pytest.raises(ValueError, match=r"tasks\n.*at least 1 item"):
         LmEval(tasks=[])
