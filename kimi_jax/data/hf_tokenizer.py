@@ -22,8 +22,9 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 class HfTokenizer(Tokenizer):
     """A byte-level or Metaspace tokenizer of the `tokenizers` library.
 
-    The end token is the `eos_token` of a `tokenizer_config.json` beside the file, or the first of `EOS_NAMES` that the
-    vocabulary has. Normalisation, if the file asks for it, is part of encoding; truncation and padding are off.
+    The end token is the `eos_token` of a `tokenizer_config.json` beside the file, or, where that names none, the first
+    of `EOS_NAMES` that the vocabulary has. Normalisation, if the file asks for it, is part of encoding; truncation and
+    padding are off.
 
     Args:
       path: `tokenizer.json`.
@@ -40,9 +41,9 @@ class HfTokenizer(Tokenizer):
         self.files = with_siblings(path, SIBLINGS)
         try:
             self._engine = tokenizers.Tokenizer.from_file(str(path))
-            settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
+        stated = _read_settings(config) if config.is_file() else {}
         self._engine.no_truncation()
         self._engine.no_padding()
         self._parts = json.loads(self._engine.to_str())
@@ -51,15 +52,16 @@ class HfTokenizer(Tokenizer):
         added = self._engine.get_added_tokens_decoder()
         self.specials = {token.content: index for index, token in added.items() if token.special}
         self.vocab_size = max(vocabulary.values()) + 1
-        eos = _find_special(vocabulary, settings.get("eos_token"), EOS_NAMES)
+        ends = (stated["eos_token"],) if "eos_token" in stated else EOS_NAMES
+        eos = next((vocabulary[name] for name in ends if name in vocabulary), None)
         if eos is None:
             raise UserError(
                 f"tokenizer {path}: no end token; put a tokenizer_config.json with eos_token beside it "
-                f"(the vocabulary has none of {', '.join(EOS_NAMES)})"
+                f"(the vocabulary has none of {', '.join(ends)})"
             )
-        pad = _find_special(vocabulary, settings.get("pad_token"), PAD_NAMES)
         self.eos_id = eos
-        self.pad_id = eos if pad is None else pad
+        pads = (stated.get("pad_token"), *PAD_NAMES)
+        self.pad_id = next((vocabulary[name] for name in pads if name in vocabulary), eos)
 
     def encode(self, text: str, *, specials: bool = False) -> np.ndarray:
         self._engine.encode_special_tokens = not specials
@@ -73,6 +75,25 @@ class HfTokenizer(Tokenizer):
         for index, added in self._engine.get_added_tokens_decoder().items():
             table[index] = b"" if added.special else added.content.encode()
         return tuple(table)
+
+
+def _read_settings(path: Path) -> dict[str, str]:
+    """Reads which tokens a tokenizer_config.json names; null is no name."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: is {type(settings).__name__} at top level, must be an object")
+    stated = {}
+    for field in ("eos_token", "pad_token"):
+        name = settings.get(field)
+        name = name.get("content") if isinstance(name, dict) else name
+        if not isinstance(name, str | None):
+            raise UserError(f"{path}: {field}: got {name!r}, must be the name of a token")
+        if name is not None:
+            stated[field] = name
+    return stated
 
 
 def _is_byte_level(parts: dict, path: Path) -> bool:
@@ -111,8 +132,3 @@ def _byte_of_character() -> dict[str, bytes]:
     others = [byte for byte in range(256) if byte not in printable]
     shifted = {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}
     return {chr(byte): bytes([byte]) for byte in printable} | shifted
-
-
-def _find_special(vocabulary: dict[str, int], setting: str | dict | None, names: tuple[str, ...]) -> int | None:
-    stated = setting.get("content") if isinstance(setting, dict) else setting
-    return next((vocabulary[name] for name in (stated, *names) if name in vocabulary), None)

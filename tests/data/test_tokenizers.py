@@ -261,6 +261,24 @@ def test_damaged_tokenizer_json(tmp_path, content):
         load_tokenizer(str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "is list at top level, must be an object"),
+        ('{"eos_token": ["</s>"]}', r"eos_token: got \['</s>'\], must be the name of a token"),
+        ('{"pad_token": {"content": 3}}', "pad_token: got 3, must be the name of a token"),
+        ('{"eos_token": "<other>"}', r"no end token.*\(the vocabulary has none of <other>\)"),
+    ],
+)
+def test_damaged_settings_of_a_tokenizer(tmp_path, content, message):
+    path = byte_level_file(tmp_path)
+    path.with_name("tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(str(path))
+
+
 # ------------------------------------------------------------------ other files
 @pytest.mark.parametrize("kind", ["kimi", "hf"])
 def test_what_lies_beside_the_tokenizer_goes_with_it(kind, rank_file, tmp_path):
