@@ -189,5 +189,6 @@ def prepare_stdlib(cfg: StdlibData) -> Path:
     except FileExistsError:
         pass  # another process was faster; what it wrote is the same
     except OSError as error:
-        raise UserError(f"cannot write {output} ({error.strerror}); set KIMI_JAX_CACHE to a writable folder") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write {output} ({reason}); set KIMI_JAX_CACHE to a writable folder") from error
     return output

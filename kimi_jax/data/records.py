@@ -111,7 +111,7 @@ def _full_disk() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # as array_record reports it
-        raise UserError(f"records: cannot be written: {str(error).partition(';')[0]}") from error
+        raise OSError(str(error).partition(";")[0]) from error
 
 
 class RecordWriter:

@@ -52,6 +52,11 @@ class InputFile:
     def size(self) -> int:
         return self.path.stat().st_size
 
+    @property
+    def kind(self) -> str:
+        """Its last suffix, in lower case."""
+        return self.path.suffix.lower()
+
 
 def find_files(inputs: Sequence[str | Path]) -> list[InputFile]:
     """Lists input files in a fixed order: inputs as given, files below a folder by name, without hidden ones.
@@ -71,8 +76,8 @@ def find_files(inputs: Sequence[str | Path]) -> list[InputFile]:
             raise UserError(f"input {given}: the folder holds no file")
         files += found
     for file in files:
-        if file.path.suffix in COMPRESSED:
-            raise UserError(f"{file.path}: compressed input ({file.path.suffix}) is not read; decompress it first")
+        if file.kind in COMPRESSED:
+            raise UserError(f"{file.path}: compressed input ({file.kind}) is not read; decompress it first")
     return files
 
 
@@ -113,9 +118,9 @@ def read_documents(files: Iterable[InputFile], *, text_field: str = "text") -> I
       UserError: damaged input; names the file and the line or row.
     """
     for file in files:
-        if file.path.suffix in JSONL:
+        if file.kind in JSONL:
             yield from _read_jsonl(file, text_field)
-        elif file.path.suffix in PARQUET:
+        elif file.kind in PARQUET:
             yield from _read_parquet(file, text_field)
         else:
             yield Document(file.name, _read_text(file.path))

@@ -76,6 +76,9 @@ def test_long_files_are_read_in_pieces_that_end_lines(tmp_path, monkeypatch, tex
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl, line 1: JSON that Python does not read"),
         ("a.parquet", b"PAR1 nothing", r"a\.parquet: not a whole Parquet file"),
         ("a.txt.gz", b"\x1f\x8b", r"compressed input \(\.gz\)"),
+        ("A.TXT.GZ", b"\x1f\x8b", r"compressed input \(\.gz\)"),
+        ("A.JSONL", b'{"text": null}\n', r"A\.JSONL, line 1: field 'text' is NoneType"),
+        ("A.Parquet", b"PAR1 nothing", r"A\.Parquet: not a whole Parquet file"),
     ],
 )
 def test_damaged_input_names_file_and_line(tmp_path, name, content, message):
