@@ -140,11 +140,8 @@ def cut_documents(
       segment_ids_BT: integers, 0 for padding; within a row, another id than that of the last token begins another
         document. None: one document per row.
     """
-    valid_BT = tokens_BT != PADDING
-    if segment_ids_BT is not None:
-        valid_BT &= segment_ids_BT != 0
     documents = []
-    for row, valid_T in enumerate(valid_BT):
+    for row, valid_T in enumerate(_find_tokens(tokens_BT, segment_ids_BT)):
         columns = np.flatnonzero(valid_T)
         if not len(columns):
             continue
@@ -152,6 +149,11 @@ def cut_documents(
         for part in np.split(columns, np.flatnonzero(np.diff(ids)) + 1):
             documents.append(Document(row, part, tokens_BT[row, part].astype(np.int32)))
     return documents
+
+
+def _find_tokens(tokens_BT: np.ndarray, segment_ids_BT: np.ndarray | None) -> Bool[np.ndarray, "B T"]:
+    valid_BT = tokens_BT != PADDING
+    return valid_BT if segment_ids_BT is None else valid_BT & (segment_ids_BT != 0)
 
 
 def fill_scores(
@@ -199,7 +201,7 @@ def check_tokens(
         row, column = map(int, wrong[0])
         rule = f"must be {PADDING} (padding) or in [0, {vocab_size})"
         raise UserError(f"{source}: token {tokens_BT[row, column]} at row {row}, column {column}: {rule}")
-    if not (tokens_BT != PADDING).any():
+    if not _find_tokens(tokens_BT, segment_ids_BT).any():
         raise UserError(f"{source}: shape {list(tokens_BT.shape)} without any token")
 
 

@@ -53,6 +53,9 @@ def new_array(path: Path | None, shape: tuple[int, ...]) -> Iterator[np.ndarray 
     """Gives a float32 array of zeros on disk that becomes `path` when the block ends well, and vanishes when not.
 
     None gives None. The disk space is taken at once: a disk that is full says so here, not as a crash in between.
+
+    Raises:
+      UserError: the file cannot be written.
     """
     if path is None:
         yield None
@@ -66,6 +69,8 @@ def new_array(path: Path | None, shape: tuple[int, ...]) -> Iterator[np.ndarray 
         yield array
         array.flush()
         temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

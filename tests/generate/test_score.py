@@ -1,5 +1,8 @@
 """Scores against the forward pass of each document alone: whatever the padding, packing, pieces and batches."""
 
+import errno
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from tiny_model import make_model, make_reference
 from kimi_jax.errors import UserError
 from kimi_jax.generate import forward, prefill
 from kimi_jax.generate.score import PADDING, cut_documents, plan_batches, score_tokens
-from kimi_jax.generate.score_files import score_files
+from kimi_jax.generate.score_files import new_array, score_files
 from kimi_jax.interop.hf_export import export_model
 from kimi_jax.interop.saved_model import SavedModel
 
@@ -102,6 +105,17 @@ def test_weights_that_are_not_finite_leave_no_file(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"public", "tokens.npy"}
 
 
+def test_a_full_disk_is_named_and_leaves_no_file(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    message = r"out\.npy: cannot be written: No space left on device$"
+    with pytest.raises(UserError, match=message), new_array(tmp_path / "out.npy", (2, 3)):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -121,6 +135,8 @@ def test_refused_tokens(model, tokens, message):
 def test_refused_files(model, tmp_path):
     with pytest.raises(UserError, match=r"segment ids of tokens: have shape \[1, 3\], must have \[1, 2\]"):
         score_tokens(model, np.zeros((1, 2), int), segment_ids_BT=np.zeros((1, 3), int))
+    with pytest.raises(UserError, match=r"tokens: shape \[1, 2\] without any token"):
+        score_tokens(model, np.zeros((1, 2), int), segment_ids_BT=np.zeros((1, 2), int))
     with pytest.raises(UserError, match="neither logits nor log-likelihoods are asked for"):
         score_files(tmp_path, tmp_path / "none.npy")
     out = tmp_path / "out.npy"
