@@ -24,7 +24,7 @@ def top_k(values: Float[Array, "B T E"], k: int, *, implementation: str = "auto"
     """Returns the places of the k largest of each row, the largest first; of equals, the first come first.
 
     Args:
-      values: float32; of what is -inf or no number a place may come twice.
+      values: float32, in the order of a sort: what is -inf comes last, but for -NaN; NaN first, and 0 before -0.
       k: at most E.
       implementation: "auto" or a key of `IMPLEMENTATIONS`; up to `FEW_ROWS` rows, of `FEW_IMPLEMENTATIONS`.
 

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.batching import by_rows
 from pallas_kernels.hopper import refuse_device
 
-f32 = jnp.float32
+f32, i32 = jnp.float32, jnp.int32
 LINE, ROWS = 32, 16  # values per line of 128 bytes; rows per thread block: eight lanes have a row, a warp has four
 WIDEST, MOST = 256, 16  # values of a row, which stay in registers; rounds of the search, which are written out
+TAKEN = jnp.iinfo(i32).min  # below the number of every value
 
 TILE = plgpu.Layout.TILED(
     fragmented_array.Tiling(((ROWS, LINE), (4, LINE), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
@@ -50,20 +51,26 @@ def _run(k: int, values: Float[Array, "R E"]) -> Int[Array, "R k"]:
 
     def top_k_of_rows(values, places):
         rows = pl.ds(lax.axis_index("block") * ROWS, ROWS)
-        left = plgpu.load(values.at[rows], layout=TILE, optimized=False)
-        place = plgpu.layout_cast(lax.broadcasted_iota(f32, (ROWS, E), 1), TILE)
+        left = jnp.maximum(_ordered(plgpu.load(values.at[rows], layout=TILE, optimized=False)), TAKEN + 1)
+        place = plgpu.layout_cast(lax.broadcasted_iota(i32, (ROWS, E), 1), TILE)
         by_row = lambda x: plgpu.layout_cast(lax.broadcast_in_dim(x, (ROWS, E), (0,)), TILE)
         for i in range(k):
             largest = by_row(jnp.max(left, 1))
-            first = -jnp.max(jnp.where(left == largest, -place, -float(E)), 1)  # places are exact in float32
-            places.at[i, rows][...] = jnp.minimum(first, E - 1.0).astype(jnp.int32)  # NaN equals nothing
-            left = jnp.where(place == by_row(first), -jnp.inf, left)
+            first = jnp.min(jnp.where(left == largest, place, E), 1)
+            places.at[i, rows][...] = first
+            left = jnp.where(place == by_row(first), TAKEN, left)
 
     launch = plgpu.kernel(
         top_k_of_rows,
-        out_type=jax.ShapeDtypeStruct((k, R), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((k, R), i32),
         grid=(R // ROWS,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
     )
     return launch(values).T
+
+
+def _ordered(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """Integers in the order in which a sort has these float32: -NaN, -inf to -0, 0 to inf, NaN."""
+    bits = lax.bitcast_convert_type(x, i32)
+    return bits ^ ((bits >> 31) & jnp.iinfo(i32).max)
