@@ -61,24 +61,6 @@ def barriers(stages: int, copies: int) -> list:
     ]
 
 
-class Pieces:
-    """Stores all rows of a warpgroup, one swizzled piece of columns after the other, through a few slots in turn."""
-
-    def __init__(self, slots_ref):
-        self.slots, self.used = slots_ref, 0
-
-    def store(self, value, target: Callable[[int], Any]) -> None:
-        """`target(column)` is the place of the piece that starts there."""
-        slots, width = self.slots.shape[0], piece_width(self.slots.dtype)
-        for column in range(0, value.shape[1], width):
-            slot = self.slots.at[self.used % slots]
-            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-            slot[...] = value[:, column : column + width]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(slot, target(column))
-            self.used += 1
-
-
 def keep(values):
     """For `finish`: values that stay in registers while products of the next tile run.
 

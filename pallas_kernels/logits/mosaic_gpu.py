@@ -18,13 +18,14 @@ from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
     ROWS,
     WARPGROUPS,
-    Pieces,
     Work,
     barriers,
+    cut,
     f32,
     launch,
     piece_width,
     run_tiles,
+    store_piece,
     swizzled,
 )
 
@@ -109,9 +110,10 @@ def exponentials(
                 column = plgpu.broadcasted_iota(jnp.int32, powers.shape, 1, layout=WGMMA)
                 powers = jnp.where(column < A - tile.column * width, powers, 0.0)
             # Without the barrier the compiler reads accumulators while products run, and serialises these.
-            rounded, total = lax.optimization_barrier((powers.astype(DTYPE), jnp.sum(powers, 1)))
-            place = lambda column: values.at[rows, pl.ds(tile.column * width + column, PIECE)]
-            Pieces(staged.at[warpgroup]).store(rounded, place)
+            rounded, total = lax.optimization_barrier((cut(powers, DTYPE), jnp.sum(powers, 1)))
+            for i in range(width // PIECE):
+                place = values.at[rows, pl.ds(tile.column * width + i * PIECE, PIECE)]
+                store_piece(staged.at[warpgroup], i, rounded, i, place)
             vectors[warpgroup] = total
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(vectors.at[warpgroup], sums.at[tile.column, rows])

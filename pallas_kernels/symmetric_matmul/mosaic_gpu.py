@@ -17,13 +17,13 @@ from pallas_kernels.tiles_mosaic_gpu import (
     HEIGHT,
     ROWS,
     WARPGROUPS,
-    Pieces,
     Work,
     barriers,
     f32,
     launch,
     piece_width,
     run_tiles,
+    store_piece,
     swizzled,
 )
 
@@ -177,13 +177,13 @@ def _multiply_stacks(
             return jnp.where(row - column == offset, value + a, value)
 
         def finish(tile, values, take):
-            top, way_out = tile.row * ROWS + warpgroup * HEIGHT, Pieces(staged.at[warpgroup])
+            top = tile.row * ROWS + warpgroup * HEIGHT
             for i in range(pieces):
                 first = tile.column * width + i * PIECE
                 value = values[0][:, i * PIECE : (i + 1) * PIECE]
                 value = (add_terms(value, take, i, first - top) if terms else value).astype(dtype)
                 place = out.at[tile.matrix, pl.ds(top, HEIGHT), pl.ds(first, PIECE)]
-                way_out.store(value, lambda _, place=place: place)
+                store_piece(staged.at[warpgroup], i, [value], 0, place)
 
         work = Work(describe, load, multiply_step, finish, pieces if terms else 0)
         run_tiles(work, jnp.int32(x.shape[0] * tiles), [(HEIGHT, width)], full, empty)
