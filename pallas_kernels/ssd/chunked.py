@@ -3,7 +3,8 @@
 With L_ij = exp(sum of g over j < l <= i), a chunk that starts from state S gives
   o_i = exp(g_1 + ... + g_i) S q_i + sum_{j <= i} L_ij beta_j (q_i . k_j) v_j  and
   S'  = exp(g_1 + ... + g_C) S + sum_j L_Cj beta_j v_j k_j^T.
-The sums are formed per pair, not as differences of cumulative sums, which would cancel after one strong decay.
+The sums are formed per pair, not as differences of cumulative sums, which would cancel after one strong decay. What
+chunks add to the state and keep of it is to the sequence what tokens are to a chunk: the same pairs give all states.
 """
 
 import functools
@@ -16,6 +17,7 @@ from pallas_kernels import relay
 from pallas_kernels.segments import segment_starts
 
 CHUNK = 64  # tokens per chunk unless the caller says otherwise
+CHUNKS = 64  # at most so many chunks find their states in one product, which grows with the square
 
 
 def refuse(q, k, v, g, beta, *, tile: int | None, **settings) -> str | None:
@@ -38,11 +40,13 @@ def chunk_ssd(
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV V K"]]:
     """See `pallas_kernels.ssd.api.chunk_ssd`; the backward pass keeps one state per chunk and recomputes the rest.
 
-    Chunks are worked on at the same time, as M = B N rows; only their states are passed on one after the other.
+    Chunks are worked on at the same time; so are the states of up to `CHUNKS` of them. Heads come first.
     """
-    B, T, H, K = q.shape
+    B, T, H, _ = q.shape
     HV, V = v.shape[2:]
     chunk = min(tile or CHUNK, T)
+    blocks = -(-T // (chunk * CHUNKS))
+    N = -(-T // (chunk * blocks))  # chunks of a block: even ones
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     starts = jnp.zeros((B, T), bool) if segment_ids is None else segment_starts(segment_ids)
 
@@ -51,31 +55,23 @@ def chunk_ssd(
             return x
         return jnp.where((segment_ids != 0).reshape(B, T, *(1,) * (x.ndim - 2)), x, 0)
 
-    def split(x):  # [B, T, ...] -> [B N, C, ...], the last chunk filled up with g = beta = 0
-        x = jnp.pad(x, [(0, 0), (0, -T % chunk), *((0, 0),) * (x.ndim - 2)])
-        return x.reshape(-1, chunk, *x.shape[2:])
+    def split(x):  # [B, T, H, ...] -> [B, H, blocks N, C, ...], the last chunks filled up with g = beta = 0
+        x = jnp.pad(x, [(0, 0), (0, chunk * N * blocks - T), *((0, 0),) * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 3, 1)
 
-    def in_order(x):  # [B N, ...] -> [N, B, ...]
-        return jnp.moveaxis(x.reshape(B, -1, *x.shape[1:]), 1, 0)
-
-    def pass_on(state, added_and_kept):
-        added, kept = added_and_kept
-        return kept[..., None, None] * state + added, state
-
-    first = jnp.zeros((B, HV, V, K), dtype) if initial_state is None else initial_state.astype(dtype)
-    starts_MC, *inputs = (split(starts), *(split(clean(x)) for x in (q, k, v, g, beta)))
-    q_MCHK, k_MCHK = (jnp.repeat(x, HV // H, axis=2) for x in inputs[:2])
-    q_MCHK = q_MCHK.astype(dtype)  # before it is used twice: gradients are summed in this dtype
+    first = None if initial_state is None else initial_state.astype(dtype)
+    starts_B1NC, *inputs = (split(starts[..., None]), *(split(clean(x)) for x in (q, k, v, g, beta)))
+    q_BHNCK, k_BHNCK = (jnp.repeat(x, HV // H, axis=1) for x in inputs[:2])
+    q_BHNCK = q_BHNCK.astype(dtype)  # before it is used twice: gradients are summed in this dtype
     within = jax.checkpoint(functools.partial(_within_chunks, dtype))
-    o, added, kept = within(starts_MC, q_MCHK, k_MCHK, *inputs[2:])
-    chunks = in_order(added), in_order(kept)
+    o, added = within(starts_B1NC, q_BHNCK, k_BHNCK, *inputs[2:])
+    of_chunks = added, jnp.sum(inputs[3].astype(dtype), axis=3), jnp.sum(starts_B1NC, axis=3)
     if axis is not None:
-        ended = jax.lax.scan(pass_on, first, chunks)[0]
+        ended = _pass_on(first, *of_chunks, blocks)[1]
         first = _state_of_devices_before(ended, clean(g), segment_ids, axis)
-    final, states = jax.lax.scan(pass_on, first, chunks)
-    states_MHVK = jnp.moveaxis(states, 0, 1).reshape(added.shape)
-    o += jax.checkpoint(_from_states)(starts_MC, q_MCHK, inputs[3], states_MHVK)
-    o = (o * scale).reshape(B, -1, HV, V)[:, :T]
+    states, final = _pass_on(first, *of_chunks, blocks)
+    o += jax.checkpoint(_from_states)(starts_B1NC, q_BHNCK, inputs[3], states)
+    o = jnp.moveaxis(o * scale, 1, 3).reshape(B, -1, HV, V)[:, :T]
     return clean(o).astype(v.dtype), relay.of_last_device(final, axis) if axis else final
 
 
@@ -94,33 +90,70 @@ def _state_of_devices_before(
     return relay.keep(continued, relay.entering_state(added, applied, axis))
 
 
-def _within_chunks(dtype: DTypeLike, starts: Bool[Array, "M C"], q, k, v, g, beta):
-    """What chunks [M, C, HV, ...] do by themselves: outputs, what they add to the state, what they keep of it."""
+def _within_chunks(dtype: DTypeLike, starts: Bool[Array, "B 1 N C"], q, k, v, g, beta):
+    """What chunks [B, H, N, C, ...] do by themselves: outputs, and what they add to the state."""
     k, v, g, beta = (x.astype(dtype) for x in (k, v, g, beta))
-    document_MC = jnp.cumsum(starts, axis=1)  # 0: the document that the state belongs to
-    g_MHC, beta_MHC = jnp.moveaxis(g, 1, 2), jnp.moveaxis(beta, 1, 2)
-    decay_MHCC = _pair_decay(g_MHC, document_MC)
-    scores_MHCC = jnp.einsum("MIHK,MJHK->MHIJ", q, k) * decay_MHCC * beta_MHC[:, :, None, :]
-    o = jnp.einsum("MHIJ,MJHV->MIHV", scores_MHCC, v)
-    added = jnp.einsum("MHJ,MJHV,MJHK->MHVK", decay_MHCC[:, :, -1] * beta_MHC, v, k)
-    return o, added, _carry(g_MHC, document_MC)[:, :, -1]
+    decay_BHNCC = _pair_decay(g, jnp.cumsum(starts, axis=3))
+    scores_BHNCC = jnp.einsum("BHNIK,BHNJK->BHNIJ", q, k) * decay_BHNCC * beta[..., None, :]
+    o = jnp.einsum("BHNIJ,BHNJV->BHNIV", scores_BHNCC, v)
+    weighted = v * (decay_BHNCC[..., -1, :] * beta)[..., None]
+    return o, jnp.einsum("BHNJV,BHNJK->BHNVK", weighted, k)
 
 
-def _from_states(starts: Bool[Array, "M C"], q, g, states: Float[Array, "M H V K"]) -> Float[Array, "M C H V"]:
+def _from_states(starts: Bool[Array, "B 1 N C"], q, g, states: Float[Array, "B H N V K"]) -> Float[Array, "B H N C V"]:
     """What the states that enter the chunks add to their outputs."""
-    carry_MHC = _carry(jnp.moveaxis(g.astype(q.dtype), 1, 2), jnp.cumsum(starts, axis=1))
-    return jnp.einsum("MHVK,MIHK,MHI->MIHV", states, q, carry_MHC)
+    carry_BHNC = _carry(g.astype(q.dtype), jnp.cumsum(starts, axis=3))
+    return jnp.einsum("BHNIK,BHNVK->BHNIV", q * carry_BHNC[..., None], states)
 
 
-def _carry(g_MHC: Float[Array, "M H C"], document_MC: Int[Array, "M C"]) -> Float[Array, "M H C"]:
-    """What is left of the entering state at each token."""
-    return jnp.exp(jnp.cumsum(g_MHC, axis=2)) * (document_MC == 0)[:, None]
+# ------------------------------------------------------------------ states
+def _pass_on(
+    first: Float[Array, "B H V K"] | None,
+    added: Float[Array, "B H N V K"],
+    g: Float[Array, "B H N"],
+    starts: Int[Array, "B 1 N"],
+    blocks: int,
+) -> tuple[Float[Array, "B H N V K"], Float[Array, "B H V K"]]:
+    """(states that enter the chunks, the state after the last), of what chunks add and their sums of g and starts."""
+    if blocks == 1:
+        return _pass_on_block(first, added, g, starts)
+
+    def in_order(x):  # [B, H, blocks N, ...] -> [blocks, B, H, N, ...]
+        return jnp.moveaxis(x.reshape(*x.shape[:2], blocks, -1, *x.shape[3:]), 2, 0)
+
+    def step(state, block):
+        entering, state = _pass_on_block(state, *block)
+        return state, entering
+
+    first = jnp.zeros_like(added[:, :, 0]) if first is None else first
+    final, states = jax.lax.scan(step, first, tuple(in_order(x) for x in (added, g, starts)))
+    return jnp.moveaxis(states, 0, 2).reshape(added.shape), final
 
 
-def _pair_decay(g_MHC: Float[Array, "M H C"], document_MC: Int[Array, "M C"]) -> Float[Array, "M H C C"]:
+def _pass_on_block(first, added, g, starts):
+    document_B1N = jnp.cumsum(starts, axis=2)
+    decay_BHNN, carry_BHN = _pair_decay(g, document_B1N), _carry(g, document_B1N)
+
+    rows = added.reshape(*added.shape[:3], -1)  # of V K numbers: XLA transposes what has more axes
+
+    def after(decay_BHMN, carry_BHM):  # states keep the precision that a sum of float32 has
+        states = jnp.einsum("BHMN,BHNR->BHMR", decay_BHMN, rows, precision="highest")
+        states = states.reshape(*states.shape[:3], *added.shape[3:])
+        return states if first is None else states + carry_BHM[..., None, None] * first[:, :, None]
+
+    earlier = jnp.pad(decay_BHNN[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+    entering = after(earlier, jnp.pad(carry_BHN[:, :, :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1))
+    return entering, after(decay_BHNN[:, :, -1:], carry_BHN[:, :, -1:])[:, :, 0]
+
+
+def _carry(g: Float[Array, "*B C"], document: Int[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """What is left of the entering state after each element; document 0 is the one that it belongs to."""
+    return jnp.exp(jnp.cumsum(g, axis=-1)) * (document == 0)
+
+
+def _pair_decay(g: Float[Array, "*B C"], document: Int[Array, "*B C"]) -> Float[Array, "*B C C"]:
     """exp(sum of g over j < l <= i) for j <= i of one document, else 0."""
-    C = g_MHC.shape[2]
-    row, column = jnp.arange(C)[:, None], jnp.arange(C)[None, :]
-    after = jnp.where((row > column)[None, None], g_MHC[..., None], 0)  # g_l where l > j
-    visible_MCC = (document_MC[:, :, None] == document_MC[:, None, :]) & (row >= column)[None]
-    return jnp.exp(jnp.where(visible_MCC[:, None], jnp.cumsum(after, axis=2), -jnp.inf))
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (*g.shape, g.shape[-1]), g.ndim - 1 + i) for i in range(2))
+    after = jnp.where(row > column, g[..., None], 0)  # g_l where l > j
+    visible = (document[..., :, None] == document[..., None, :]) & (row >= column)
+    return jnp.exp(jnp.where(visible, jnp.cumsum(after, axis=-2), -jnp.inf))

@@ -19,6 +19,7 @@ CASES = {  # B, T, H, HV, K, V, tile
     "ragged": (2, 37, 2, 2, 8, 12, 16),
     "shared_keys": (1, 33, 2, 4, 8, 4, 8),
     "one_chunk": (2, 20, 1, 2, 4, 8, 64),
+    "two_blocks": (1, 131, 1, 1, 4, 4, 2),  # 66 chunks
 }
 
 
