@@ -26,7 +26,6 @@ PUBLIC_RUN = {  # what a config.json does not say
     "train": {"steps": 1000, "batch_size": 8},
 }
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="  # in a CUDA graph the profiler cannot tell which instruction a kernel is
-MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}  # a measurement has its GPU alone; JAX would take .75
 COLUMNS = ("step ms", "min", "max", "tokens/s", "MFU", "peak GiB", "compile s", "loss first, last")
 
 
@@ -84,7 +83,7 @@ def compare(
 
 
 def _measured(name: str, cfg: RunConfig, module: str, request: Request | PeerRequest) -> Row:
-    environment = MEMORY | os.environ
+    environment = dict(os.environ)
     if getattr(request, "profiled", 0):
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {NO_GRAPHS}"
     text, command = json.dumps(dataclasses.asdict(request)), [sys.executable, "-m", module]

@@ -16,6 +16,7 @@ from kimi_jax.experiments.sweep import LOGS, Group, Run
 from kimi_jax.experiments.tethered import tethered
 from kimi_jax.train.run_dir import IN_USE
 from kimi_jax.train.signals import StopRequest
+from kimi_jax.train.xla_flags import MEMORY
 
 type State = Literal["finished before", "finished", "failed", "stopped", "submitted", "submitted again", "in the queue"]
 type Report = Callable[["Outcome"], None]
@@ -23,7 +24,7 @@ type Unit = Run | Group
 """What one process trains."""
 
 POLL_S = 0.2
-MEMORY = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")  # of the GPU, for one process
+SAYS_MEMORY = (*MEMORY, "XLA_PYTHON_CLIENT_PREALLOCATE")  # of the GPU, for one process
 BUSY_S = 5.0  # before a run that another process holds is looked at again
 
 
@@ -132,7 +133,7 @@ class Local:
         if device is None:
             return {}
         share = -(-self.at_once // len(self.devices))
-        shared = share > 1 and not any(name in os.environ for name in MEMORY)
+        shared = share > 1 and not any(name in os.environ for name in SAYS_MEMORY)
         memory = {MEMORY[0]: f"{0.9 / share:.3f}"} if shared else {}
         return {"CUDA_VISIBLE_DEVICES": device, **memory}
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from kimi_jax.errors import UserError
+from kimi_jax.train.xla_flags import MEMORY_FRACTION
 
 GIB = 2**30
 
@@ -38,8 +39,6 @@ GPUS = {
 """Copies and links are measured, the latter between two GPUs (docs/performance.md, docs/scaling.md). The rate of the
 network is what NCCL usually reaches of 400 Gbit/s per GPU; it is assumed, not measured."""
 
-USABLE = 0.92  # share of a GPU's memory that a program may plan with: XLA_PYTHON_CLIENT_MEM_FRACTION
-
 
 @dataclass(frozen=True)
 class Hardware:
@@ -62,8 +61,8 @@ class Hardware:
 
     @property
     def usable_bytes(self) -> float:
-        """Per GPU."""
-        return USABLE * self.gpu.memory_bytes
+        """Per GPU: what training takes of its memory."""
+        return MEMORY_FRACTION * self.gpu.memory_bytes
 
     def neighbours(self, size: int, stride: int) -> int:
         """How many of `size` GPUs, every `stride`-th, share a host."""

@@ -19,6 +19,9 @@ from kimi_jax.errors import UserError
 
 DEFAULTS = {"xla_gpu_enable_triton_gemm": "false"}  # cuBLAS alone: no search through Triton's tiles while compiling
 
+MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # jax refuses both at once
+MEMORY_FRACTION = 0.92  # of a GPU's memory, where jax would take 0.75; the rest is for CUDA itself and for NCCL
+
 PRESETS: Mapping[str, Mapping[str, str]] = {
     "default": {},
     # Gradients travel while others are computed; few large messages instead of many small ones.
@@ -40,7 +43,8 @@ CHECK_S = 300
 
 
 def apply(flags: Flags, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Adds what a config asks for, and the defaults, to XLA_FLAGS and NCCL's variables; what is set there stays.
+    """Adds what a config asks for, and the defaults, to XLA_FLAGS and NCCL's variables, and says how much of a GPU's
+    memory XLA takes; what is set there stays.
 
     They count until jax starts its backend.
 
@@ -50,6 +54,8 @@ def apply(flags: Flags, environment: MutableMapping[str, str] = os.environ) -> N
     _add(DEFAULTS | PRESETS[flags.preset] | flags.xla, environment)
     for name, value in flags.nccl.items():
         environment.setdefault(name, value)
+    if not any(name in environment for name in MEMORY):
+        environment[MEMORY[0]] = str(MEMORY_FRACTION)
     check_xla(environment["XLA_FLAGS"])
     check_nccl(list(flags.nccl), find_nccl())  # not the environment's: images set NCCL_VERSION, which NCCL never reads
 

@@ -225,10 +225,10 @@ def test_each_process_gets_one_gpu(tmp_path):
 
 
 def test_processes_of_one_gpu_share_its_memory(tmp_path, monkeypatch):
-    for name in launch.MEMORY:
+    for name in launch.SAYS_MEMORY:
         monkeypatch.delenv(name, raising=False)
     environment = Local(tmp_path, (), at_once=5, devices=("4", "7"))._environment
-    assert environment("4") == {"CUDA_VISIBLE_DEVICES": "4", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.300"}
+    assert environment("4") == {"CUDA_VISIBLE_DEVICES": "4", "XLA_CLIENT_MEM_FRACTION": "0.300"}
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     assert environment("4") == {"CUDA_VISIBLE_DEVICES": "4"}, "they take what they need"
     assert Local(tmp_path, ())._environment(None) == {}

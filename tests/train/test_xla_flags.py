@@ -5,7 +5,7 @@ import pytest
 from kimi_jax.config.train import Flags
 from kimi_jax.errors import UserError
 from kimi_jax.train import xla_flags
-from kimi_jax.train.xla_flags import DEFAULTS, PRESETS, apply, check_nccl, check_xla
+from kimi_jax.train.xla_flags import DEFAULTS, MEMORY, PRESETS, apply, check_nccl, check_xla
 
 
 def test_defaults_are_added_once(monkeypatch):
@@ -21,6 +21,16 @@ def test_a_users_choice_stays(monkeypatch):
     environment = {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=true"}
     apply(Flags(), environment)
     assert environment["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=true"
+
+
+@pytest.mark.parametrize("name", [None, *MEMORY])
+def test_the_memory_taken_is_said_once(name, monkeypatch):
+    """jax does not start with both names set."""
+    monkeypatch.setattr(xla_flags, "check_xla", lambda text: None)
+    environment = {} if name is None else {name: "0.5"}
+    apply(Flags(), environment)
+    said = {name: environment[name] for name in MEMORY if name in environment}
+    assert said == ({"XLA_CLIENT_MEM_FRACTION": "0.92"} if name is None else {name: "0.5"})
 
 
 @pytest.fixture
