@@ -37,7 +37,8 @@ def grouped_matmul(
     """Multiplies the first group_sizes[0] rows of x by w[0], the next group_sizes[1] rows by w[1], and so on.
 
     Args:
-      x: rows sorted by group, bfloat16, float16 or float32; finite, also behind the last group.
+      x: rows sorted by group, bfloat16, float16 or float32; finite, also behind the last group, as is the gradient of
+        the result.
       w: one matrix per group, of the dtype of x, or float32: it is then rounded to the dtype of x for the products,
         and its gradient is not rounded.
       group_sizes: integers >= 0 (empty groups are allowed), with a sum of at most M.
@@ -54,7 +55,7 @@ def grouped_matmul(
         shapes = f"x {x.shape}, w {w.shape}, group_sizes {group_sizes.shape}"
         raise ValueError(f"grouped_matmul: must be x [M, D], w [E, D, F], group_sizes [E]; got {shapes}")
     _check_dtypes("grouped_matmul", group_sizes, x, w=w)
-    return call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, group_sizes)
+    return call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, group_sizes.astype(jnp.int32))
 
 
 def grouped_swiglu(
@@ -95,7 +96,8 @@ def grouped_swiglu(
     if group_sizes.shape != (E,):
         raise ValueError(f"grouped_swiglu: group_sizes must be [E] = [{E}], got {group_sizes.shape}")
     _check_dtypes("grouped_swiglu", group_sizes, x, gate=gate, up=up, down=down)
-    return call("grouped_swiglu", SWIGLU_IMPLEMENTATIONS, implementation, x, gate, up, down, scale, group_sizes, clear)
+    arrays = x, gate, up, down, scale, group_sizes.astype(jnp.int32)
+    return call("grouped_swiglu", SWIGLU_IMPLEMENTATIONS, implementation, *arrays, clear)
 
 
 def _check_dtypes(op: str, group_sizes, x, **matrices) -> None:

@@ -110,6 +110,13 @@ def test_matches_a_loop_over_groups(op, dtypes, implementation):
         check(op, named(op, implementation), sizes, *dtypes)
 
 
+def test_sums_of_narrow_group_sizes_do_not_overflow():
+    sizes = SIZES["rows_left_over"]
+    x, w, _ = draw("matmul", len(sizes), "float32", "float32")
+    got = [grouped_matmul(x, w, jnp.asarray(sizes, dtype), implementation="reference") for dtype in ("int8", "int32")]
+    np.testing.assert_array_equal(*got)
+
+
 def test_wrong_arguments_are_named():
     x, w = jnp.zeros((4, 3)), jnp.zeros((2, 5, 6))
     with pytest.raises(ValueError, match=r"x \(4, 3\), w \(2, 5, 6\)"):
