@@ -147,12 +147,14 @@ def from_public(public: PublicConfig) -> ModelConfig:
 
 
 def find_pattern(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Finds the shortest pattern that gives the layers when it is repeated, with a tail of fewer layers than itself."""
+    """Finds a pattern that comes twice or more, and a tail behind it, of the fewest layers together."""
+    best = tuple(names), ()
     for period in range(1, len(names) // 2 + 1):
-        whole = len(names) // period * period
-        if all(names[i] == names[i - period] for i in range(period, whole)):
-            return tuple(names[:period]), tuple(names[whole:])
-    return tuple(names), ()
+        end = next((i for i in range(period, len(names)) if names[i] != names[i - period]), len(names))
+        whole = end // period * period
+        if whole > period and period + len(names) - whole < len(best[0] + best[1]):
+            best = tuple(names[:period]), tuple(names[whole:])
+    return best
 
 
 def _linear_fields(public: PublicConfig) -> dict[str, Any]:

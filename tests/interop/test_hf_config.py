@@ -58,7 +58,11 @@ def test_the_names_that_transformers_gives_a_model_of_its_own():
         ("AAAB" * 2 + "AAB", "AAAB", "AAB"),
         ("AAAA", "A", ""),
         ("A", "A", ""),
-        ("AABABB", "AABABB", ""),
+        ("AB", "AB", ""),
+        ("ABBA", "ABBA", ""),
+        ("A" * 15 + "B", "A", "B"),
+        (("A" * 15 + "B") * 2, "A" * 15 + "B", ""),
+        ("AABABB", "A", "BABB"),
     ],
 )
 def test_patterns(layers, pattern, tail):
