@@ -12,7 +12,7 @@ from kimi_jax.config.mixer import PositiveInt
 class Data(Config):
     """What every data source has."""
 
-    seq_len: Annotated[int, Field(ge=2)]
+    seq_len: Annotated[int, Field(ge=2, lt=2**31)]
     """Tokens T per example; records hold seq_len + 1, so that every token but a document's first is predicted once."""
     shuffle_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the order of the training examples; each epoch has an order of its own."""

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from kimi_jax.config.base import COLLECT, Config, nearest
-from kimi_jax.config.yaml_files import apply_overrides, read_config_file
+from kimi_jax.config.yaml_files import apply_overrides, read_config_file, to_yaml
 from kimi_jax.errors import UserError
 
 type Path_ = tuple[str | int, ...]
@@ -36,11 +35,11 @@ def validate[C: Config](data: Mapping[str, Any], schema: type[C], *, source: str
     """Validates plain data; `source` opens each line of the error."""
     try:
         config = schema.model_validate(data, context={COLLECT: True})
-        problems = list(_broken_rules(config))
+        problems = [*_broken_rules(config), *_truth_as_number(config, data)]
     except ValidationError as error:
         found = [(*_locate(schema, e["loc"]), e) for e in error.errors(include_url=False)]
-        problems = [_describe(path, owner, e) for path, owner, e in found]
-        problems += _broken_rules(_partial(schema, data, frozenset(path for path, _, _ in found), ()))
+        problems = [_describe(*one) for one in found]
+        problems += _broken_rules(_partial(schema, data, frozenset(path for path, *_ in found), ()))
     if problems:
         raise UserError([f"{source}: {problem}" for problem in problems])
     return config
@@ -48,7 +47,7 @@ def validate[C: Config](data: Mapping[str, Any], schema: type[C], *, source: str
 
 def dump(config: Config) -> str:
     """The whole config as YAML, defaults included; `load` reads it back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def json_schema(schema: type[Config]) -> dict[str, Any]:
@@ -73,6 +72,19 @@ def _broken_rules(value: Any, path: Path_ = ()) -> Iterator[str]:
         return
     for key, child in children.items():
         yield from _broken_rules(child, (*path, key))
+
+
+def _truth_as_number(value: Any, data: Any, path: Path_ = ()) -> Iterator[str]:
+    """`true` where a number belongs, of which pydantic makes 1."""
+    if isinstance(data, bool) and not isinstance(value, bool):
+        yield f"{_dotted(path)}: got {data}, must be a number"
+    elif isinstance(data, Mapping):
+        children = dict(value)
+        for key, child in data.items():
+            yield from _truth_as_number(children.get(key), child, (*path, key))
+    elif isinstance(data, list):
+        for i, (one, child) in enumerate(zip(value, data, strict=True)):
+            yield from _truth_as_number(one, child, (*path, i))
 
 
 _ABSENT = object()
@@ -108,7 +120,7 @@ def _dotted(path: Path_) -> str:
     return ".".join(str(part) for part in path)
 
 
-def _describe(path: Path_, owner: type[BaseModel] | None, error: Mapping[str, Any]) -> str:
+def _describe(path: Path_, owner: type[BaseModel] | None, annotation: Any, error: Mapping[str, Any]) -> str:
     name, got, context = _dotted(path) or "file", error["input"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
@@ -116,7 +128,8 @@ def _describe(path: Path_, owner: type[BaseModel] | None, error: Mapping[str, An
         case "missing":
             return f"{name}: is missing"
         case "union_tag_not_found":
-            return f"{name}: has no 'kind'; {name}.kind must be one of {_known_kinds(owner, path)}"
+            kinds = ", ".join(filter(None, map(_kind, _variants(_unwrap(annotation)))))
+            return f"{name}: has no 'kind'; {name}.kind must be one of {kinds}"
         case "union_tag_invalid":
             tags = context["expected_tags"].replace("'", "").split(", ")
             return f"{name}.kind: got {context['tag']!r}; {nearest(context['tag'], tags)}"
@@ -134,12 +147,6 @@ def _describe(path: Path_, owner: type[BaseModel] | None, error: Mapping[str, An
             return f"{name}: got {_short(got)}, must be {rule}"
 
 
-def _known_kinds(owner: type[BaseModel] | None, path: Path_) -> str:
-    annotation = owner.model_fields[path[-1]].annotation if owner and path[-1] in owner.model_fields else None
-    members = [m for m in typing.get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
-    return ", ".join(_kind(member) or member.__name__ for member in members) or "its variants"
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -151,8 +158,11 @@ def _kind(model: type[BaseModel]) -> str | None:
     return typing.get_args(field.annotation)[0] if field else None
 
 
-def _locate(schema: type[BaseModel], location: Path_) -> tuple[Path_, type[BaseModel] | None]:
-    """Takes the variant names out of pydantic's location; returns (path in the file, type that owns its end)."""
+def _locate(schema: type[BaseModel], location: Path_) -> tuple[Path_, type[BaseModel] | None, Any]:
+    """Takes the variant names out of pydantic's location.
+
+    Returns (path in the file, type that owns its end, annotation of its end).
+    """
     annotation: Any = schema
     path: list[str | int] = []
     owner: type[BaseModel] | None = None
@@ -165,7 +175,7 @@ def _locate(schema: type[BaseModel], location: Path_) -> tuple[Path_, type[BaseM
         path.append(part)
         owner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
         annotation = _child(annotation, part)
-    return tuple(path), owner
+    return tuple(path), owner, annotation
 
 
 def _unwrap(annotation: Any) -> Any:

@@ -14,6 +14,7 @@ from kimi_jax.config.mixer import PositiveInt
 from kimi_jax.config.model import ModelConfig
 from kimi_jax.config.optim import Optimizer, schedule_problems
 
+MAX_TOKENS = 2**31  # of a step, which counts them in int32
 MAX_B2_BFLOAT16 = 0.99  # each step moves the second moment by 1 - b2 of its distance; bfloat16 resolves 1/256
 
 
@@ -171,6 +172,9 @@ class RunConfig(Config):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from schedule_problems(self.optim.schedule, self.train.steps)
+        if (tokens := self.train.batch_size * self.data.seq_len) >= MAX_TOKENS:
+            what = f"{self.train.batch_size} x data.seq_len={self.data.seq_len} are {tokens} tokens"
+            yield "train.batch_size", f"{what}, must be less than {MAX_TOKENS}"
         if self.train.parameters == "bfloat16" and self.optim.b2 > MAX_B2_BFLOAT16:
             rule = f"train.parameters=bfloat16 needs at most {MAX_B2_BFLOAT16}: a smaller share would be rounded away"
             yield "optim.b2", f"{self.optim.b2}; {rule}"

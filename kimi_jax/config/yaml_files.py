@@ -3,7 +3,7 @@
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -12,12 +12,22 @@ from kimi_jax.errors import UserError
 BASE_KEY = "base"
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-3 is a number, `on` is a word, and a key given twice is an error."""
+    """YAML as people expect it, and a key given twice is an error.
+
+    Numbers and booleans are those of YAML 1.2: 1e-3 is a number; `on`, 1:30 and 2026-11-22 are words.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key_node.start_mark)
@@ -27,17 +37,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 1e-3 and 1.e3 as text
-_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
-for _first in "-+.0123456789":
-    _Loader.yaml_implicit_resolvers[_first] = [
-        *_Loader.yaml_implicit_resolvers.get(_first, []),
-        ("tag:yaml.org,2002:float", _FLOAT),
-    ]
-for _first in "yYnNoO":  # YAML 1.1 reads the words yes, no, on and off as booleans, and so the key `on` as true
-    _Loader.yaml_implicit_resolvers[_first] = [
-        (tag, pattern) for tag, pattern in _Loader.yaml_implicit_resolvers[_first] if not tag.endswith(":bool")
-    ]
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or `_Loader` would read as something else."""
+
+
+_FLOAT = r"[-+]?((\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+for _name, _pattern, _first in (
+    ("null", r"(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+)$", list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("merge", r"<<$", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)
+
+
+def to_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data as text that `parse_yaml` reads back to the same."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -48,7 +66,7 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark
         where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         raise UserError(f"{where}: {error.problem or 'is not YAML'}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the latter of wrong `!!bool x`
         raise UserError(f"{source}: is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{source}: is nested too deeply") from None
@@ -77,7 +95,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
-        raise UserError(f"{path}: is {type(data).__name__} at top level, must be a mapping of keys to values")
+        what = "empty" if data is None else f"{type(data).__name__} at top level"
+        raise UserError(f"{path}: is {what}, must be a mapping of keys to values")
     return data
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kimi_jax.config.load import dump, json_schema, load, validate
 from kimi_jax.config.mixer import KdaMixer
 from kimi_jax.config.train import RunConfig
-from kimi_jax.config.yaml_files import merge, parse_yaml
+from kimi_jax.config.yaml_files import merge, parse_yaml, to_yaml
 from kimi_jax.errors import UserError, exit_on_user_error
 
 VALID = """
@@ -68,10 +68,17 @@ ONE_MISTAKE = {
     "unknown_key": ("train.stepz=3", "train.stepz: unknown key; did you mean 'steps'?"),
     "unknown_key_in_variant": ("model.mixers.mla.nope_dims=3", "model.mixers.mla.nope_dims: unknown key; did you mean"),
     "wrong_type": ("train.steps=many", "train.steps: got 'many', must be a valid integer"),
+    "truth_as_number": ("train.log_every=true", "train.log_every: got True, must be a number"),
+    "never_moves": ("optim.b2=1", "optim.b2: got 1, must be less than 1"),
+    "more_tokens_than_int32": ("data.seq_len=268435456", "train.batch_size: 8 x data.seq_len=268435456 are 2147483648"),
     "not_positive": ("train.batch_size=0", "train.batch_size: got 0, must be greater than 0"),
     "too_large": ("model.model_dim=10000000000", "model.model_dim: got 10000000000, must be less than 2147483648"),
     "unknown_kind": ("optim.kind=muonn", "optim.kind: got 'muonn'; did you mean 'muon'?"),
-    "no_kind": ("model.mixers.mla.position={theta: 3}", "model.mixers.mla.position: has no 'kind'"),
+    "no_kind": ("model.mixers.mla.position={theta: 3}", "model.mixers.mla.position.kind must be one of none, rope"),
+    "no_kind_of_a_name": (
+        "model.mixers.mla={num_heads: 2}",
+        "model.mixers.mla.kind must be one of kda, gdn, mamba2, mla",
+    ),
     "not_a_list": ("model.pattern=kda", "model.pattern: got 'kda', must be a list"),
     "an_empty_list": ("model.pattern=[]", "model.pattern: got [], must have at least 1"),
     "not_a_mapping": ("train.checkpoints=4", "train.checkpoints: got 4, must be a mapping"),
@@ -114,7 +121,9 @@ def test_all_mistakes_at_once(file):
         "optim.kind=muonn",
         "model.mixers.mla.nope_dims=3",
         "model.mixers.mla.position={theta: 3}",
+        "model.mixers.mla={num_heads: 2}",
     }
+    exclusive |= {"train.log_every=true"}  # looked for once nothing else is wrong
     exclusive |= {"optim.peak_lr=.nan", "optim.schedule.warmup_steps=90", "train.batch_size=0", "train.steps=many"}
     kept = [override for override in overrides if override not in exclusive]
     problems = "\n".join(_problems(file, *kept))
@@ -134,6 +143,7 @@ def test_missing_section_is_named(tmp_path):
 
 
 BAD_FILES = {
+    "empty": ("", "run.yaml: is empty, must be a mapping"),
     "syntax": ("model: [1, 2", "run.yaml:1:13"),
     "not_a_mapping": ("- a\n- b", "is list at top level"),
     "twice": ("train: 1\ntrain: 2", "key 'train' is given twice"),
@@ -154,8 +164,12 @@ def test_bad_files(tmp_path, text, message):
 
 
 def test_bad_overrides_are_all_named(file):
-    problems = _problems(file, "train.steps", "=3", "train.steps=[1")
-    assert len(problems) == 3
+    problems = _problems(file, "train.steps", "=3", "train.steps=[1", "train.steps=!!bool x", "train=!!timestamp x")
+    assert len(problems) == 5
+
+
+def test_a_mapping_may_take_over_another():
+    assert parse_yaml("{a: &a {x: 1, y: 2}, b: {<<: *a, y: 3}}", "test")["b"] == {"x": 1, "y": 3}
 
 
 def test_base_lies_under_the_file(file):
@@ -187,8 +201,15 @@ def test_on_is_a_word(file):
     assert load(file, ["train.remat={kind: named, on: host}"], RunConfig).train.remat.on == "host"
 
 
-def test_text_that_only_resembles_a_number_stays_text():
-    assert parse_yaml("1e", "test") == "1e" and parse_yaml("v1e3", "test") == "v1e3"
+@pytest.mark.parametrize("text", ["1e", "v1e3", "1e3_run", "1:30", "2026-11-22"])
+def test_text_that_only_resembles_a_number_stays_text(text):
+    assert parse_yaml(text, "test") == text
+
+
+@pytest.mark.parametrize("text", ["1e3", "0x1f", "010", "1:30", "2026-11-22", "on", "null", "", "<<", ".inf"])
+def test_text_in_a_dump_is_text_for_every_reader(text):
+    written = to_yaml({"name": text})
+    assert parse_yaml(written, "test") == yaml.safe_load(written) == {"name": text}
 
 
 def test_exit_code_and_lines(file, capsys):
