@@ -40,11 +40,28 @@ def _project_bwd(spec, saved, dy):
     terms, out = spec.split("->")
     inputs, axes = terms.split(",")
     dx = jnp.einsum(f"{out},{axes}->{inputs}", dy, weight.astype(x.dtype))
-    dw = jnp.einsum(f"{inputs},{out}->{axes}", x, dy, preferred_element_type=jnp.float32)
+    dw = _weight_gradient(inputs, out, axes, x, dy)
     return dx, dw.astype(weight.dtype)
 
 
 _project.defvjp(_project_fwd, _project_bwd)
+
+
+def _weight_gradient(inputs: str, out: str, axes: str, x, dy):
+    """Sums over tokens. For several models at once (`jax.vmap`) tokens are one axis: of products that sum over two axes
+    and have one of models XLA transposes an operand, in memory."""
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    form = jax.custom_batching.custom_vmap(functools.partial(product, f"{inputs},{out}->{axes}"))
+
+    @form.def_vmap
+    def of_models(size, is_mapped, *operands):
+        summed = sum(letter not in axes for letter in inputs)
+        pairs = zip(operands, is_mapped, strict=True)
+        each = (y if mapped else jnp.broadcast_to(y, (size, *y.shape)) for y, mapped in pairs)
+        rows = (y.reshape(size, -1, *y.shape[1 + summed :]) for y in each)
+        return product(f"mn{inputs[summed:]},mn{out[summed:]}->m{axes}", *rows), True
+
+    return form(x, dy)
 
 
 def is_longer(x: Float[Array, "*B D"], weights: Sequence[Float[Array, "D R"]]) -> bool:
