@@ -1,4 +1,4 @@
-"""Products of symmetric matrices against float64, and which of their tiles are computed and read."""
+"""Products of symmetric matrices against float64, also in the interpreter, and which tiles are computed and read."""
 
 import functools
 
@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import tiles_mosaic_gpu
 from pallas_kernels.symmetric_matmul import api, mosaic_gpu
 
 TERMS = {"a": 3.4445, "b": -4.775, "c": 2.0315}
@@ -76,6 +78,23 @@ def test_the_kernel(name, shape, dtype):
         want, got, again = (np.where(_defined(m.shape[1]), m, 0) for m in (want, got, again))
     _check(name, shape, dtype, want, got)
     np.testing.assert_array_equal(got, again)
+
+
+@pytest.mark.parametrize(
+    "name", ["quadratic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gram", "multiply", "apply"))]
+)
+def test_the_kernel_in_the_interpreter(name, monkeypatch):
+    """Two blocks share the tiles, so that loads run on over the end of one."""
+    monkeypatch.setattr(tiles_mosaic_gpu, "MULTIPROCESSORS", 2)
+    (x, r, s), exact = _draw((2, 192, 256), jnp.float16)
+    r, s = (jnp.where(_defined(192), m, jnp.nan) for m in (r, s))
+    run = functools.partial(getattr(mosaic_gpu, name), **(TERMS if name == "quadratic" else {}))
+    with plgpu.force_gpu_interpret_mode():
+        got = np.asarray(run(*{"gram": (x,), "multiply": (r, s), "quadratic": (r,), "apply": (r, x)}[name]))
+    want = _want(name, *exact)
+    if name != "apply":
+        want, got = (np.where(_defined(192), m, 0) for m in (want, got))
+    _check(name, x.shape, jnp.float16, want, got)
 
 
 @pytest.mark.parametrize(("symmetric", "expected"), [(True, 15), (False, 20)])
