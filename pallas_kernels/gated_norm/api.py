@@ -4,6 +4,7 @@ import math
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.gated_norm import mosaic_gpu, reference
 from pallas_kernels.partition import Axes
@@ -44,13 +45,11 @@ def gated_rms_norm(
       The product in the dtype of the logits. Differentiable in x, logits and weight.
 
     Raises:
-      ValueError: an argument has the wrong shape, or the activation is unknown.
+      ValueError: an argument has the wrong shape or kind, or the activation is unknown.
       NotImplementedError: the implementation refuses these arguments; the message says why.
     """
-    if x.shape != logits.shape or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"gated_rms_norm: {x.shape=}, {logits.shape=}, {weight.shape=} must be [..., V] twice, and [V]"
-        )
+    axes = " ".join([*(f"B{i}" for i in range(x.ndim - 1)), "V"])
+    check_arrays("gated_rms_norm", {"x": (x, axes), "logits": (logits, axes), "weight": (weight, "V")})
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"gated_rms_norm: {activation=} must be one of {', '.join(reference.ACTIVATIONS)}")
     settings = {"eps": eps, "activation": activation, "axes": AXES if x.ndim == 4 else None}

@@ -1,8 +1,8 @@
 """Public entry of Kimi Delta Attention: signatures, argument checks and the table of implementations."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import Arrays, check_arrays, check_one_dtype
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.kda import chunked, mosaic_gpu, reference, step_mosaic_gpu
 from pallas_kernels.kda.gates import Gate, LowerBoundGate, SoftplusGate
@@ -89,7 +89,8 @@ def chunk_kda(
 
     Source: Kimi Linear, arXiv:2510.26692, equation 1.
     """
-    _check("chunk_kda", q.shape[1:2], q, k, v, g, beta, gate, initial_state, segment_ids)
+    continued = {"initial_state": (initial_state, "B HV V K")}
+    _check("chunk_kda", "T", q, k, v, g, beta, gate, continued, {"segment_ids": (segment_ids, "B T")})
     return call(
         "chunk_kda",
         IMPLEMENTATIONS,
@@ -135,7 +136,8 @@ def chunk_kda_with_states(
       ValueError: an argument has the wrong shape or kind, or `every` does not fit.
       NotImplementedError: the implementation refuses these arguments; the message says why.
     """
-    _check("chunk_kda_with_states", q.shape[1:2], q, k, v, g, beta, gate, initial_state, segment_ids)
+    continued = {"initial_state": (initial_state, "B HV V K")}
+    _check("chunk_kda_with_states", "T", q, k, v, g, beta, gate, continued, {"segment_ids": (segment_ids, "B T")})
     if every % 64 or not 0 < every <= q.shape[1]:
         raise ValueError(f"chunk_kda_with_states: {every=} must be a multiple of 64 from 64 to T={q.shape[1]}")
     return call(
@@ -193,9 +195,9 @@ def step_kda(
       ValueError: an argument has the wrong shape or dtype.
       NotImplementedError: the implementation refuses these arguments; the message says why.
     """
-    one, rows = q.ndim == 3, q.shape[0] if slots is None else state.shape[0]
-    _check("step_kda", q.shape[1:-2][:1], q, k, v, g, beta, gate, state, None, rows=rows)
-    _check_integers(q.shape[:1], slots=slots, accepted=accepted)
+    one, rows = q.ndim == 3, "B" if slots is None else "P"
+    integers = {"slots": (slots, "B"), "accepted": (accepted, "B")}
+    _check("step_kda", "" if one else "T", q, k, v, g, beta, gate, {"state": (state, f"{rows} HV V K")}, integers)
     q, k, v, g, beta = (x[:, None] if one else x for x in (q, k, v, g, beta))
     o, state = call(
         "step_kda",
@@ -212,57 +214,19 @@ def step_kda(
     return o[:, 0] if one else o, state
 
 
-def _check_integers(shape: tuple[int, ...], **arrays: Array | None) -> None:
-    wrong = [
-        f"{name} is {x.dtype} {x.shape}, must be integers of shape {shape}"
-        for name, x in arrays.items()
-        if x is not None and (x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer))
-    ]
-    if wrong:
-        raise ValueError("step_kda: " + "; ".join(wrong))
-
-
-def _check(op: str, time: tuple[int, ...], q, k, v, g, beta, gate, state, segment_ids, rows: int | None = None) -> None:
-    """Compares every shape with what q and v imply; `time` is (T,) for a sequence and () for one token. The state
-    has `rows`, by default one per sequence."""
-    axes = ("B", *("T" for _ in time), "heads", "dim")
-    if q.ndim != len(axes) or v.ndim != len(axes):
-        raise ValueError(f"{op}: q {q.shape} and v {v.shape} must be [{', '.join(axes)}]")
-    B, (H, K), (HV, V) = q.shape[0], q.shape[-2:], v.shape[-2:]
-    rows = B if rows is None else rows
-    if 0 in (*q.shape, *v.shape) or HV % H:
-        raise ValueError(f"{op}: needs B, T, H, K, V >= 1 and HV a multiple of H, got q {q.shape} and v {v.shape}")
-    _check_kinds(op, gate, q=q, k=k, v=v, g=g, beta=beta)
-    expected = {
-        "k": (k, q.shape),
-        "v": (v, (B, *time, HV, V)),
-        "g": (g, (B, *time, HV, K)),
-        "beta": (beta, (B, *time, HV)),
-    }
-    if state is not None:
-        expected["state" if op == "step_kda" else "initial_state"] = (state, (rows, HV, V, K))
-    if segment_ids is not None:
-        expected["segment_ids"] = (segment_ids, (B, *time))
-    if gate is not None:
-        expected["gate.dt_bias"] = (gate.dt_bias, (HV, K))
-        if gate.a_log is not None:
-            expected["gate.a_log"] = (gate.a_log, (HV,))
-        elif isinstance(gate, SoftplusGate):
-            raise ValueError(f"{op}: gate.a_log is None, which only LowerBoundGate allows")
-        if isinstance(gate, LowerBoundGate) and gate.bound >= 0:
-            raise ValueError(f"{op}: gate.bound={gate.bound} must be negative")
-    wrong = [
-        f"{name} has shape {x.shape}, must be {shape}" for name, (x, shape) in expected.items() if x.shape != shape
-    ]
-    if wrong:
-        raise ValueError(f"{op}: " + "; ".join(wrong))
-    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"{op}: segment_ids must be integers, got {segment_ids.dtype}")
-
-
-def _check_kinds(op: str, gate, **arrays: Array) -> None:
-    for name, x in arrays.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{op}: {name} is {x.dtype}, must be floating")
+def _check(op: str, time: str, q, k, v, g, beta, gate, floating: Arrays, integer: Arrays) -> None:
+    """Compares all arguments with what q and v imply; `time` is "T", or "" for one token."""
     if not isinstance(gate, SoftplusGate | LowerBoundGate | None):
         raise ValueError(f"{op}: {gate=} must be a SoftplusGate, a LowerBoundGate or None")
+    arrays = {"q": (q, f"B {time} H K"), "k": (k, f"B {time} H K"), "v": (v, f"B {time} HV V")}
+    arrays |= {"g": (g, f"B {time} HV K"), "beta": (beta, f"B {time} HV"), **floating}
+    if gate is not None:
+        arrays |= {"gate.dt_bias": (gate.dt_bias, "HV K"), "gate.a_log": (gate.a_log, "HV")}
+    sizes = check_arrays(op, arrays, integer)
+    check_one_dtype(op, q=q, k=k, v=v)
+    if sizes["HV"] % sizes["H"]:
+        raise ValueError(f"{op}: HV={sizes['HV']} must be a multiple of H={sizes['H']}")
+    if isinstance(gate, SoftplusGate) and gate.a_log is None:
+        raise ValueError(f"{op}: gate.a_log is None, which only LowerBoundGate allows")
+    if isinstance(gate, LowerBoundGate) and gate.bound >= 0:
+        raise ValueError(f"{op}: gate.bound={gate.bound} must be negative")

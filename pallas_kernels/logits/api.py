@@ -6,6 +6,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_arrays, check_one_dtype
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.logits import mosaic_gpu, xla
 from pallas_kernels.partition import VOCABULARY_AXES, free_axes_of
@@ -66,8 +67,12 @@ def cross_entropy_gradients(
         that is 55 above: the loss of such a row is too small, its gradient that of equal logits.
 
     Raises:
+      ValueError: an argument has the wrong shape or dtype.
       NotImplementedError: the implementation refuses these arguments.
     """
+    arrays = {"x": (x, "M D"), "weight": (weight, "D A"), "scale": (scale, "M")}
+    check_arrays("cross_entropy_gradients", arrays, {"targets": (targets, "M")})
+    check_one_dtype("cross_entropy_gradients", x=x, weight=weight)
     axes = free_axes_of(VOCABULARY_AXES, weight.shape[1])
 
     def run(*arrays):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import Arrays, check_arrays, check_one_dtype
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.mla import cudnn, mosaic_gpu, xla
 from pallas_kernels.partition import Axes, partition
@@ -63,24 +64,18 @@ def mla_attention(
       was none). Softmax and sums are float32; the probabilities are cast to the dtype of v before they meet it.
 
     Raises:
-      ValueError: an argument has the wrong shape.
+      ValueError: an argument has the wrong shape or dtype.
       NotImplementedError: the implementation refuses these arguments.
 
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
     """
-    B, T, H, N = q_nope.shape
-    S, P, V = k_nope.shape[1], q_shared.shape[-1], v.shape[-1]
-    expected = {
-        "q_shared": (q_shared, (B, T, H, P)),
-        "k_nope": (k_nope, (B, S, H, N)),
-        "k_shared": (k_shared, (B, S, P)),
-        "v": (v, (B, S, H, V)),
-    }
-    key_segment_ids = _check("mla_attention", expected, (B, T, S), segment_ids, key_segment_ids)
-    scale = (N + P) ** -0.5 if scale is None else scale
+    arrays = {"q_nope": (q_nope, "B T H N"), "q_shared": (q_shared, "B T H P"), "k_nope": (k_nope, "B S H N")}
+    arrays |= {"k_shared": (k_shared, "B S P"), "v": (v, "B S H V")}
+    key_segment_ids = _check("mla_attention", arrays, segment_ids, key_segment_ids)
+    scale = (q_nope.shape[-1] + q_shared.shape[-1]) ** -0.5 if scale is None else scale
     masks = {"segment_ids": segment_ids, "key_segment_ids": key_segment_ids, "query_offset": query_offset}
-    arrays = (q_nope, q_shared, k_nope, k_shared, v)
-    return call("mla_attention", IMPLEMENTATIONS, implementation, *arrays, axes=AXES, scale=scale, **masks)
+    settings = {"scale": scale, "axes": AXES, **masks}
+    return call("mla_attention", IMPLEMENTATIONS, implementation, q_nope, q_shared, k_nope, k_shared, v, **settings)
 
 
 def mla_latent_attention(
@@ -143,29 +138,30 @@ def mla_absorbed_attention(
     The key up-projection is folded into `q_latent`; the caller applies the value up-projection to the result.
     Arguments and results are those of `mla_attention`, with `latent` as key and as value.
     """
-    B, T, H, R = q_latent.shape
-    S, P = latent.shape[1], q_shared.shape[-1]
-    expected = {
-        "q_shared": (q_shared, (B, T, H, P)),
-        "latent": (latent, (B, S, R)),
-        "k_shared": (k_shared, (B, S, P)),
-    }
-    key_segment_ids = _check("mla_absorbed_attention", expected, (B, T, S), segment_ids, key_segment_ids)
+    arrays = {"q_latent": (q_latent, "B T H R"), "q_shared": (q_shared, "B T H P"), "latent": (latent, "B S R")}
+    key_segment_ids = _check(
+        "mla_absorbed_attention", arrays | {"k_shared": (k_shared, "B S P")}, segment_ids, key_segment_ids
+    )
     masks = {"segment_ids": segment_ids, "key_segment_ids": key_segment_ids, "query_offset": query_offset}
-    arrays = (q_latent, q_shared, latent, k_shared)
     settings = {"scale": scale, "axes": ABSORBED_AXES, **masks}
-    return call("mla_absorbed_attention", ABSORBED_IMPLEMENTATIONS, implementation, *arrays, **settings)
+    return call(
+        "mla_absorbed_attention",
+        ABSORBED_IMPLEMENTATIONS,
+        implementation,
+        *(q_latent, q_shared, latent, k_shared),
+        **settings,
+    )
 
 
-def _check(op, expected, sizes, segment_ids, key_segment_ids):
-    B, T, S = sizes
+def _check(op: str, arrays: Arrays, segment_ids, key_segment_ids) -> Int[Array, "B S"] | None:
+    """Returns the segment ids of the keys."""
+    sizes = check_arrays(op, arrays, may_be_0="NP")
+    check_one_dtype(op, **{name: x for name, (x, _) in arrays.items()})
+    T, S = sizes["T"], sizes["S"]
     if key_segment_ids is None and S == T:
         key_segment_ids = segment_ids
     if (segment_ids is None) != (key_segment_ids is None):
         raise ValueError(f"{op}: with {T=} queries and {S=} keys give both segment_ids and key_segment_ids, or neither")
-    if segment_ids is not None:
-        expected |= {"segment_ids": (segment_ids, (B, T)), "key_segment_ids": (key_segment_ids, (B, S))}
-    wrong = [f"{name} has shape {x.shape}, must be {want}" for name, (x, want) in expected.items() if x.shape != want]
-    if wrong:
-        raise ValueError(f"{op}: " + "; ".join(wrong))
+    ids = {"segment_ids": (segment_ids, "B T"), "key_segment_ids": (key_segment_ids, "B S")}
+    check_arrays(op, {}, ids, may_be_0="NP", **sizes)
     return key_segment_ids

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arguments import check_arrays, check_one_dtype
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.partition import Axes
 from pallas_kernels.rms_norm import mosaic_gpu, reference
@@ -40,8 +41,14 @@ def rms_norm_gradients(
       (gradient of x in its dtype, computed in float32; that of the gain in float32).
 
     Raises:
+      ValueError: an argument has the wrong shape or dtype.
       NotImplementedError: the implementation refuses these arguments; the message says why.
     """
+    check_arrays(
+        "rms_norm_gradients",
+        {"x": (x, "B T D"), "weight": (weight, "D"), "dy": (dy, "B T D"), "d_beside": (d_beside, "B T D")},
+    )
+    check_one_dtype("rms_norm_gradients", x=x, dy=dy, d_beside=d_beside)
     arguments = (x, weight, dy, d_beside)
     dx, parts = call("rms_norm_gradients", IMPLEMENTATIONS, implementation, *arguments, eps=eps, axes=AXES)
     return dx, jnp.sum(parts, axis=(0, 1))

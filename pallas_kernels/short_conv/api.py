@@ -1,8 +1,8 @@
 """Public entry of the short convolution: signature, argument checks and the table of implementations."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.partition import Axes
 from pallas_kernels.short_conv import mosaic_gpu, reference, xla
@@ -50,28 +50,9 @@ def short_conv(
     Raises:
       ValueError: an argument has the wrong shape.
     """
-    _check(x, weight, cache, segment_ids)
+    arrays = {"x": (x, "B T D"), "weight": (weight, "D W"), "cache": (cache, "B W-1 D")}
+    check_arrays("short_conv", arrays, {"segment_ids": (segment_ids, "B T")})
     implementations = IMPLEMENTATIONS if x.shape[1] > 1 else STEP_IMPLEMENTATIONS
     optional = {"cache": cache, "segment_ids": segment_ids}
     axes = AXES if cache is None else CONTINUED_AXES
     return call("short_conv", implementations, implementation, x, weight, axes=axes, **optional)
-
-
-def _check(x, weight, cache, segment_ids) -> None:
-    if x.ndim != 3 or weight.ndim != 2:
-        raise ValueError(f"short_conv: x {x.shape} must be [B, T, D] and weight {weight.shape} [D, W]")
-    (B, T, D), W = x.shape, weight.shape[1]
-    if T < 1 or W < 1:
-        raise ValueError(f"short_conv: needs T >= 1 and W >= 1, got {T=}, {W=}")
-    expected = {"weight": (weight, (D, W))}
-    if cache is not None:
-        expected["cache"] = (cache, (B, W - 1, D))
-    if segment_ids is not None:
-        expected["segment_ids"] = (segment_ids, (B, T))
-    wrong = [
-        f"{name} has shape {a.shape}, must be {shape}" for name, (a, shape) in expected.items() if a.shape != shape
-    ]
-    if wrong:
-        raise ValueError("short_conv: " + "; ".join(wrong))
-    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"short_conv: segment_ids must be integers, got {segment_ids.dtype}")

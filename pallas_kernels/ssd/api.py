@@ -1,8 +1,8 @@
 """Public entry of scalar-decay linear attention: signature, argument checks and the table of implementations."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_arrays, check_one_dtype
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.partition import Axes, refuse_parts
 from pallas_kernels.ssd import chunked, reference
@@ -56,27 +56,19 @@ def chunk_ssd(
 
     Source: Mamba2, arXiv:2405.21060, with the step size of Kimi Linear, arXiv:2510.26692, table 6.
     """
-    _check(q, k, v, g, beta, initial_state, segment_ids)
+    arrays = {
+        "q": (q, "B T H K"),
+        "k": (k, "B T H K"),
+        "v": (v, "B T HV V"),
+        "g": (g, "B T HV"),
+        "beta": (beta, "B T HV"),
+    }
+    arrays |= {"initial_state": (initial_state, "B HV V K")}
+    sizes = check_arrays("chunk_ssd", arrays, {"segment_ids": (segment_ids, "B T")})
+    check_one_dtype("chunk_ssd", q=q, k=k, v=v)
+    if sizes["HV"] % sizes["H"]:
+        raise ValueError(f"chunk_ssd: HV={sizes['HV']} must be a multiple of H={sizes['H']}")
     settings = {"initial_state": initial_state, "segment_ids": segment_ids, "tile": tile}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     settings |= {"scale": scale, "axes": AXES if initial_state is None else CONTINUED_AXES}
     return call("chunk_ssd", IMPLEMENTATIONS, implementation, q, k, v, g, beta, **settings)
-
-
-def _check(q, k, v, g, beta, initial_state, segment_ids) -> None:
-    if q.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"chunk_ssd: q {q.shape} and v {v.shape} must be [B, T, heads, dim]")
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    if T < 1 or HV % H:
-        raise ValueError(f"chunk_ssd: needs T >= 1 and HV a multiple of H, got {T=}, {H=}, {HV=}")
-    expected = {"k": (k, q.shape), "v": (v, (B, T, HV, V)), "g": (g, (B, T, HV)), "beta": (beta, (B, T, HV))}
-    if initial_state is not None:
-        expected["initial_state"] = (initial_state, (B, HV, V, K))
-    if segment_ids is not None:
-        expected["segment_ids"] = (segment_ids, (B, T))
-    wrong = [f"{name} has shape {x.shape}, must be {want}" for name, (x, want) in expected.items() if x.shape != want]
-    if wrong:
-        raise ValueError("chunk_ssd: " + "; ".join(wrong))
-    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"chunk_ssd: segment_ids must be integers, got {segment_ids.dtype}")

@@ -67,7 +67,7 @@ def test_refusals_name_the_reason():
 
 def test_mistakes_are_named():
     x = np.zeros((2, 8), np.float32)
-    with pytest.raises(ValueError, match=r"weight.shape=\(4,\)"):
+    with pytest.raises(ValueError, match=r"weight has shape \(4,\), must be \(8,\)"):
         gated_rms_norm(x, x, np.zeros(4, np.float32), eps=EPS)
     with pytest.raises(ValueError, match="activation='tanh' must be one of sigmoid, silu"):
         gated_rms_norm(x, x, np.zeros(8, np.float32), eps=EPS, activation="tanh")

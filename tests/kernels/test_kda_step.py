@@ -86,10 +86,12 @@ def test_a_bfloat16_state_is_rounded_once_per_call():
 
 def test_wrong_slots_are_said():
     inputs = make_inputs(SMALL)
-    with pytest.raises(ValueError, match=r"slots is float32 \(3,\), must be integers of shape \(3,\)"):
+    with pytest.raises(ValueError, match="slots is float32, must be integer"):
         _call(inputs, inputs.initial_state, slots=np.zeros(3, np.float32))
-    with pytest.raises(ValueError, match=r"accepted is int32 \(2,\)"):
+    with pytest.raises(ValueError, match=r"accepted has shape \(2,\), must be \(3,\)"):
         _call(inputs, inputs.initial_state, accepted=np.zeros(2, np.int32))
+    with pytest.raises(ValueError, match="state is int32, must be floating"):
+        _call(inputs, np.zeros(inputs.initial_state.shape, np.int32))
     with pytest.raises(ValueError, match="state has shape"):
         _call(inputs, np.zeros((7, *inputs.initial_state.shape[1:]), np.float32))
 

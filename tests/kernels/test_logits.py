@@ -99,6 +99,29 @@ def test_what_the_kernel_refuses(shape, dtype, word):
     assert word in mosaic_gpu.unserved(jnp.zeros(shape, dtype))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_column_that_is_no_number_is_not_hidden(bad):
+    """A target or not: training stops at a gradient that is not finite."""
+    x, weight, targets, scale = _draw(8, 16, 32, 1.0, dtype=jnp.float32)
+    got = api.cross_entropy_gradients(x, weight.at[:, 5].set(bad), targets, scale, z_weight=Z_WEIGHT)
+    assert not np.isfinite(got.log_sum_exp).any() and not np.isfinite(np.asarray(got.d_x, np.float32)).any()
+
+
+def test_mistakes_are_named():
+    x, weight = np.zeros((7, 6), np.float32), np.zeros((6, 9), np.float32)
+    targets, scale = np.zeros(7, np.int32), np.zeros(7, np.float32)
+    for change, message in (
+        ({"targets": targets[:1]}, "targets has shape"),
+        ({"targets": scale}, "targets is float32, must be integer"),
+        ({"weight": weight[:, None]}, r"weight has shape .*, must be \(6, A\)"),
+        ({"scale": scale[:1]}, "scale has shape"),
+        ({"weight": weight.astype(np.float16)}, "must be of one dtype"),
+    ):
+        arguments = {"x": x, "weight": weight, "targets": targets, "scale": scale} | change
+        with pytest.raises(ValueError, match=message):
+            api.cross_entropy_gradients(**arguments, z_weight=0.0)
+
+
 def test_a_head_cut_over_devices_is_left_to_xla():
     mesh = jax.sharding.AbstractMesh((2, 1), ("tensor", "data"), (jax.sharding.AxisType.Auto,) * 2)
     with jax.sharding.use_abstract_mesh(mesh):

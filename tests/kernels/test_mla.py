@@ -124,5 +124,11 @@ def test_wrong_arguments_are_named():
     q_nope, q_shared, k_nope, k_shared, v = arrays()
     with pytest.raises(ValueError, match=r"k_shared has shape \(2, 20, 4\), must be \(2, 21, 4\)"):
         mla_attention(q_nope, q_shared, k_nope, k_shared[:, 1:], v)
+    with pytest.raises(ValueError, match=r"q_nope has shape .*, must be \(B, T, H, N\)"):
+        mla_attention(q_nope[0], q_shared, k_nope, k_shared, v)
+    with pytest.raises(ValueError, match="v is bfloat16: must be of one dtype"):
+        mla_attention(q_nope, q_shared, k_nope, k_shared, v.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="segment_ids is float32, must be integer"):
+        mla_attention(q_nope, q_shared, k_nope, k_shared, v, segment_ids=jnp.asarray(IDS, jnp.float32))
     with pytest.raises(ValueError, match="give both segment_ids and key_segment_ids"):
         mla_attention(*arrays(S=30), segment_ids=jnp.asarray(IDS, jnp.int32))

@@ -70,6 +70,16 @@ def test_refusals_name_the_reason():
     assert "T=60" in mosaic_gpu.unserved(x[:, :60], x)
 
 
+def test_mistakes_are_named():
+    x = np.zeros((2, 4, 8), np.float32)
+    with pytest.raises(ValueError, match=r"x has shape .*, must be \(B, T, D\)"):
+        rms_norm_gradients(x[0], x[0, 0], x[0], None, eps=EPS)
+    with pytest.raises(ValueError, match=r"weight has shape \(1,\), must be \(8,\)"):
+        rms_norm_gradients(x, x[0, 0, :1], x, None, eps=EPS)
+    with pytest.raises(ValueError, match="dy is float16: must be of one dtype"):
+        rms_norm_gradients(x, x[0, 0], x.astype(np.float16), None, eps=EPS)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(2, 1024, 1024), (1, 64, 1216), (3, 128, 384)], ids=str)

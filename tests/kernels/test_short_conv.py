@@ -169,12 +169,13 @@ def test_vmap_equals_a_loop():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.zeros((2, 3))}, "must be"),
-        ({"x": np.zeros((2, 0, 4))}, "T >= 1"),
+        ({"x": np.zeros((2, 3))}, r"x has shape \(2, 3\), must be \(B, T, D\)"),
+        ({"x": np.zeros((2, 0, 4))}, "T=0 must be at least 1"),
+        ({"x": np.zeros((2, 3, 4), np.int32)}, "x is int32, must be floating"),
         ({"weight": np.zeros((5, 4))}, r"weight has shape \(5, 4\), must be \(4, 4\)"),
         ({"cache": np.zeros((2, 4, 4))}, r"cache has shape \(2, 4, 4\), must be \(2, 3, 4\)"),
         ({"segment_ids": np.zeros((2, 4), np.int32)}, "segment_ids has shape"),
-        ({"segment_ids": np.zeros((2, 3))}, "segment_ids must be integers"),
+        ({"segment_ids": np.zeros((2, 3))}, "segment_ids is float64, must be integer"),
     ],
 )
 def test_wrong_shapes_are_named(change, message):

@@ -111,7 +111,7 @@ def test_padding_may_hold_anything():
 
 @pytest.mark.parametrize(
     "argument, shape, message",
-    [("k", (1, 4, 2, 8), "k has shape"), ("beta", (1, 5, 2), "beta has shape"), ("v", (1, 4, 3, 4), "multiple of H")],
+    [("k", (1, 4, 2, 8), "k has shape"), ("beta", (1, 5, 2), "beta has shape"), ("v", (1, 4, 3, 4), "g has shape")],
 )
 def test_wrong_shapes_are_named(argument, shape, message):
     arrays = dict(zip(NAMES[:5], make_inputs(1, 4, 2, 2, 4, 4)[:5], strict=True))
