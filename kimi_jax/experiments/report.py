@@ -23,8 +23,8 @@ th, td { padding: 3px 12px 3px 0; text-align: left; border-bottom: 1px solid #e3
 img { max-width: 100%; margin: 1em 0 }"""
 
 
-def write_report(runs_dir: Path, output: Path) -> list[Path]:
-    """Reads every run under `runs_dir` and writes tables (Markdown, CSV), figures (PNG) and index.html to `output`.
+def write_report(runs_dirs: Sequence[Path], output: Path) -> list[Path]:
+    """Reads every run under `runs_dirs` and writes tables (Markdown, CSV), figures (PNG) and index.html to `output`.
 
     Returns:
       The files written, index.html last.
@@ -32,14 +32,14 @@ def write_report(runs_dir: Path, output: Path) -> list[Path]:
     Raises:
       UserError: there is no run to report on, or a file of one is damaged.
     """
-    results = read_results(runs_dir)
+    results = read_results(*runs_dirs)
     tables = {"runs": run_table(results), "groups": group_table(results), "scaling": scaling_table(results)}
     tables = {name: table for name, table in tables.items() if table}
     figures = draw_all(results, output)
     for name, table in tables.items():
         write_whole(output / f"{name}.csv", _to_csv(table))
     write_whole(output / "report.md", _to_markdown(tables, figures, output))
-    write_whole(output / "index.html", _to_html(runs_dir, tables, figures))
+    write_whole(output / "index.html", _to_html(runs_dirs, tables, figures))
     texts = [*(f"{name}.csv" for name in tables), "report.md", "index.html"]
     return [*figures, *(output / text for text in texts)]
 
@@ -148,8 +148,8 @@ def _to_markdown(tables: Mapping[str, Table], figures: Sequence[Path], folder: P
     return "\n\n".join(parts) + "\n"
 
 
-def _to_html(runs_dir: Path, tables: Mapping[str, Table], figures: Sequence[Path]) -> str:
-    title = html.escape(str(runs_dir))
+def _to_html(runs_dirs: Sequence[Path], tables: Mapping[str, Table], figures: Sequence[Path]) -> str:
+    title = html.escape(", ".join(map(str, runs_dirs)))
     parts = [f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
     parts += [f"<img src='{html.escape(figure.name)}' alt='{html.escape(figure.stem)}'>" for figure in figures]
     for name, table in tables.items():

@@ -21,6 +21,7 @@ PF_DAY = 1e15 * 86400  # FLOPs of a petaflop/s-day
 VALIDATION = ("validation_loss_nats", "validation_bits_per_byte", "validation_accuracy")
 POSITION = "_loss_nats_from_"  # between an evaluation's name and where a bin of positions begins
 LENGTH_KEY = "data.seq_len"
+MEASURED = "train.evaluations"  # what keys begin with that make no other model
 
 SMALL_IS_GOOD = ("loss_nats", "bits_per_byte", "perplexity", "brier_score")  # all else is the larger the better
 
@@ -111,12 +112,16 @@ class Group:
         return [value for value in found if value is not None]
 
 
-def read_results(runs_dir: Path) -> list[Result]:
-    """Reads every run directory under `runs_dir`, itself included, in order of name; those without a step are left out.
+def read_results(*runs_dirs: Path) -> list[Result]:
+    """Reads every run directory under each folder, itself included, by name; those without a step are left out.
 
     Raises:
-      UserError: there is no run with metrics, or a file of one is damaged.
+      UserError: a folder holds no run with metrics, or a file of one is damaged.
     """
+    return [result for runs_dir in runs_dirs for result in _read_folder(runs_dir)]
+
+
+def _read_folder(runs_dir: Path) -> list[Result]:
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir}: no such folder of runs")
     folders = sorted(
@@ -144,7 +149,7 @@ def _read(folder: Path, runs_dir: Path) -> Result:
 
 
 def group_runs(results: Sequence[Result], ignoring: Sequence[str] = ()) -> list[Group]:
-    """Puts runs together whose configs differ in seeds and in the `ignoring` keys alone.
+    """Puts runs together whose configs differ in seeds, in what is measured beside and in the `ignoring` keys alone.
 
     A group is called what its runs' names have left when seeds, ignored values and the digits of the config are gone,
     or like its first run if another group would be called the same.
@@ -152,7 +157,8 @@ def group_runs(results: Sequence[Result], ignoring: Sequence[str] = ()) -> list[
     groups: dict[str, list[Result]] = {}
     for run in results:
         values = config_values(run.config)
-        kept = {key: value for key, value in values.items() if key not in (*SEED_KEYS, *ignoring)}
+        left_out = (*SEED_KEYS, *ignoring)
+        kept = {key: value for key, value in values.items() if key not in left_out and not key.startswith(MEASURED)}
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
     labels = [_label(runs[0].name, ignoring) for runs in groups.values()]
     return [

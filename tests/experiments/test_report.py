@@ -23,6 +23,7 @@ DEBUG = Path(__file__).parents[2] / "experiments" / "sizes" / "debug.yaml"
 
 def make_runs(folder: Path, value, **sweep) -> Path:
     """Writes the run directories that a sweep would leave; value(run, fraction) gives the last metrics of a record."""
+    folder.mkdir(exist_ok=True)
     (folder / "sweep.yaml").write_text(yaml.safe_dump({"base": str(DEBUG), **sweep}, sort_keys=False))
     for run in load_sweep(folder / "sweep.yaml"):
         run_dir = run.directory(folder / "runs")
@@ -50,7 +51,7 @@ def test_seeds_are_put_together(tmp_path):
 
     arms = {"a": {}, "b": {"model.mixers.kda.decay": {"kind": "head"}}}
     runs_dir = make_runs(tmp_path, value, runs=arms, grid={"optim.peak_lr": [5e-05, 1e-3]}, seeds=[0, 1, 2])
-    written = write_report(runs_dir, runs_dir / "report")
+    written = write_report([runs_dir], runs_dir / "report")
     groups = read_csv(runs_dir / "report" / "groups.csv")
     assert {row["group"]: row["validation_loss_nats"] for row in groups} == {
         "a-peak_lr=5e-05": "4.0000 ± 1.0000",
@@ -86,7 +87,7 @@ def test_further_evaluations_and_positions_are_shown(tmp_path):
     arms = {name: {**keys, "train.evaluations": evaluations} for name, keys in arms.items()}
     runs_dir = make_runs(tmp_path, value, runs=arms, seeds=[0, 1])
     RunDir(next(runs_dir.iterdir())).mark_ended(20)
-    written = write_report(runs_dir, runs_dir / "report")
+    written = write_report([runs_dir], runs_dir / "report")
     groups = {row["group"]: row for row in read_csv(runs_dir / "report" / "groups.csv")}
     assert groups["rope"]["long_loss_nats"] == "4.0000 ± 0.0000"
     assert groups["nope"]["recall_accuracy"] == "0.5000 ± 0.0000"
@@ -119,7 +120,7 @@ def test_seeds_measured_at_other_steps_and_lines_without_height_can_be_drawn(tmp
     runs_dir = make_runs(
         tmp_path, value, runs={"a": {"train.evaluations": {"long": {"by_position": True}}}}, seeds=[0, 1]
     )
-    written = {path.name for path in write_report(runs_dir, runs_dir / "report")}
+    written = {path.name for path in write_report([runs_dir], runs_dir / "report")}
     assert written >= {"loss_nats.png", "validation_loss_nats.png", "long_by_position.png"}
 
 
@@ -148,6 +149,19 @@ def test_groups_of_one_name_keep_their_digits(tmp_path):
     assert [group.label for group in group_runs(results, SWEPT_OVER)] == ["a"]
 
 
+def test_folders_of_one_family_are_read_together(tmp_path):
+    """What is measured beside makes no other family."""
+    folders = []
+    for length, beside in ((16, {}), (32, {"twice": {"seq_len": 64}})):
+        runs = {"kda": {"train.evaluations": beside, "data": {"kind": "stack", "seq_len": length}}}
+        value = lambda run, fraction: {"validation_accuracy": fraction}
+        folders.append(make_runs(tmp_path / str(length), value, runs=runs, grid={"optim.peak_lr": [1e-4, 1e-3]}))
+    written = write_report(folders, tmp_path / "report")
+    assert "accuracy_by_length.png" in {path.name for path in written}
+    (family,) = group_runs(read_results(*folders), SWEPT_OVER)
+    assert (family.label, len(family.runs)) == ("kda", 4)
+
+
 def test_groups_are_called_what_names_have_left():
     for name in ("kda-peak_lr=5e-05-seed=1-0123abcd", "kda-peak_lr=0.001-seq_len=64-seed=0", "kda"):
         assert _label(name, SWEPT_OVER) == "kda"
@@ -167,7 +181,7 @@ def test_the_best_accuracy_by_length(tmp_path):
             "optim.peak_lr": [1e-4, 1e-3],
         },
     )
-    written = write_report(runs_dir, tmp_path / "report")
+    written = write_report([runs_dir], tmp_path / "report")
     pictures = [path for path in written if path.name in ("accuracy_by_length.png", "accuracy_by_step.png")]
     assert len(pictures) == 2 and all(map(is_picture, pictures))
     families = group_runs(read_results(runs_dir), SWEPT_OVER)
@@ -214,7 +228,7 @@ def test_sizes_of_one_pattern_make_a_scaling_law(tmp_path, monkeypatch):
     runs_dir = make_runs(tmp_path, value, runs={"hybrid": {}, "mla": {"model.pattern": ["mla"]}}, zip=dims)
     laws = fit_families(read_results(runs_dir))
     assert set(laws) == {"1kda-1mla", "1mla"} and all(law.b > 0 for law in laws.values())
-    written = write_report(runs_dir, tmp_path / "report")
+    written = write_report([runs_dir], tmp_path / "report")
     assert {"scaling.png", "scaling.csv"} <= {path.name for path in written}
     ranks = [{"kind": "channel", "rank": rank} for rank in (2, 3, 4)]
     arms = {str(i): {"model.mixers.kda.decay": decay} for i, decay in enumerate(ranks)}
@@ -235,7 +249,7 @@ def test_of_several_learning_rates_the_best_counts(tmp_path):
     runs_dir = make_runs(tmp_path, value, zip=dims, grid={"optim.peak_lr": [1e-3, 2e-3, 4e-3]}, seeds=[0, 1])
     (points,) = scaling_points(read_results(runs_dir)).values()
     np.testing.assert_allclose(points[1], np.repeat([3.0 * 3**-0.1, 3.0 * 2**-0.1, 3.0], 2)[::-1])
-    written = write_report(runs_dir, tmp_path / "report")
+    written = write_report([runs_dir], tmp_path / "report")
     assert is_picture(next(path for path in written if path.name == "validation_loss_nats_by_rate.png"))
 
 
