@@ -9,7 +9,8 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}  # the disk says no
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the disk takes no more
+REFUSED = {errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
 
 EXHAUSTED = "RESOURCE_EXHAUSTED"  # in the message of jax's JaxRuntimeError when a device's memory is full
 
@@ -30,7 +31,8 @@ class UserError(ValueError):
 def exit_on_user_error() -> Iterator[None]:
     """Wraps a script's main: prints each problem of a `UserError` to standard error and exits with code 2.
 
-    So does a disk that is full or may not be written, and memory, of the host or of a device, that does not suffice.
+    So does a disk that is full, something else where a file belongs, and memory, of the host or of a device, that does
+    not suffice.
     """
     try:
         yield
@@ -44,9 +46,10 @@ def exit_on_user_error() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the output goes nowhere
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in STORAGE:
+        if error.errno not in FULL | REFUSED:
             raise
-        print(f"error: {error.filename or 'a file of this run'}: cannot be written: {error.strerror}", file=sys.stderr)
+        name, what = error.filename or "a file of this run", "written" if error.errno in FULL else "used"
+        print(f"error: {name}: cannot be {what}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and EXHAUSTED not in str(error):

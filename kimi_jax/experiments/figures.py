@@ -8,6 +8,7 @@ import numpy as np
 
 from kimi_jax.experiments.results import PF_DAY, SWEPT_OVER, Group, Result, group_runs, grows
 from kimi_jax.experiments.scaling import PowerLaw, fit_power_law
+from kimi_jax.train.run_dir import whole_file
 
 INK, GRID = "#1f2430", "#e3e6ec"
 COLORS = ("#3b6fb6", "#d1495b", "#2e8b57", "#e09f3e", "#7b5ea7", "#3aa6a6", "#8c564b", "#b5487f", "#6b7280", "#9aa63a")
@@ -332,8 +333,6 @@ def _save(
     first.set_ylabel(ylabel, color=INK)
     if legend:
         first.legend(frameon=False, labelcolor=INK, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
     return path

@@ -49,8 +49,7 @@ class Run:
         """Whether the checkpoint of its last step, which is written last, or of a later one is there, or the run was
         ended early for good."""
         directory = self.directory(runs_dir)
-        steps = (int(path.name) for path in directory.checkpoints.glob("[0-9]*") if path.name.isdecimal())
-        return directory.ended.exists() or any(step >= self.config.train.steps for step in steps)
+        return directory.ended.exists() or any(step >= self.config.train.steps for step in directory.saved_steps)
 
     def prepare(self, runs_dir: Path, train: Sequence[str]) -> list[str]:
         """Writes its config; returns the command that trains it, `train` being that of scripts/train.py."""

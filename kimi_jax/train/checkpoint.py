@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from kimi_jax.parallel.processes import on_main
 from kimi_jax.types import PyTree
 
 MODEL, OPTIMIZER, POSITION, METADATA = "model", "optimizer", "data", "metadata"
+TOTAL_TOKENS = "total_tokens"  # the entry of the metadata that a run needs to go on
 OPTIMIZER_KEYS = ("opt_state", "step")
 SHOWN = 8  # differences named before "and n more"
 
@@ -40,8 +42,11 @@ class CheckpointStore:
     name and renamed when whole, so what carries a step's name is complete.
 
     Args:
-      directory: made on the first save.
-      keep: the newest so many stay; None: nothing is written or removed, as a run may be writing there.
+      directory: made if need be.
+      keep: the newest so many stay; None: nothing is made, written or removed, as a run may be writing there.
+
+    Raises:
+      UserError: the directory cannot be written.
     """
 
     def __init__(self, directory: Path, *, keep: int | None = None):
@@ -50,17 +55,20 @@ class CheckpointStore:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-            on_main(self._remove_unfinished)
+            on_main(self._make_ready)
         handlers = {name: ocp.StandardCheckpointHandler() for name in (MODEL, OPTIMIZER)}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in (POSITION, METADATA)}
         self._writable = keep is not None
-        with _silent("absl"):  # orbax warns of every reader that it cannot write
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).addFilter(_is_not_orbaxs)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
-    def _remove_unfinished(self) -> None:
-        # What a killed process left. Orbax would do it in a thread that outlives a start which fails at once.
-        for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(folder)
+    def _make_ready(self) -> None:
+        with self._writing():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # What a killed process left. Orbax would do it in a thread that outlives a start which fails at once.
+            for folder in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +141,11 @@ class CheckpointStore:
             METADATA: ocp.args.JsonRestore(),
         }
         read = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
-        return Restored({**read[MODEL], **read[OPTIMIZER]}, read[POSITION], read[METADATA])
+        metadata = read[METADATA]
+        if not isinstance(metadata.get(TOTAL_TOKENS), int):
+            what = f"damaged: its {METADATA} has no {TOTAL_TOKENS}"
+            raise UserError(f"checkpoint {self.path(step)}: {what}{self._way_out(step)}")
+        return Restored({**read[MODEL], **read[OPTIMIZER]}, read[POSITION], metadata)
 
     def restore_model(self, step: int, target: Mapping[str, Any]) -> dict[str, Any]:
         """Reads {"params", "buffers"} alone, in the dtypes of `target`, however `train.parameters` had them saved.
@@ -224,17 +236,11 @@ def _as_user_error(message: Callable[[Exception], str], *kinds: type[Exception])
         raise UserError(message(error)) from error
 
 
-@contextlib.contextmanager
-def _silent(logger: str) -> Iterator[None]:
-    """Drops the messages of one logger below errors."""
-    target = logging.getLogger(logger)
-    former = target.level
-    target.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        target.setLevel(former)
+def _is_not_orbaxs(record: logging.LogRecord) -> bool:
+    """Drops what orbax says: a warning for every reader, and stacks of errors that `UserError` tells in a line."""
+    return "orbax" not in f"{record.pathname} {record.getMessage()}"
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return textwrap.shorten(line, 240, placeholder=" ...")

@@ -1,5 +1,6 @@
 """What a run says: on the terminal with live progress, as plain lines elsewhere, and always in log.txt."""
 
+import contextlib
 import time
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kimi_jax.train.metrics import Record
+from kimi_jax.train.run_dir import naming
 
 LOG_WIDTH = 140
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, step lines come no more often than this
@@ -27,7 +29,7 @@ class Display:
         if not self._terminal.is_terminal:
             self._terminal.width = LOG_WIDTH
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._file = log.open("a")
+        self._path, self._file = log, log.open("a")
         self._log = Console(file=self._file, width=LOG_WIDTH, no_color=True)
         self._progress = Progress(
             TextColumn("step"),
@@ -49,10 +51,11 @@ class Display:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is not None:
-            self._log.print(f"ended by {kind.__name__}: {error}", markup=False, highlight=False)
         self._progress.stop()
-        self._file.close()
+        reported = contextlib.suppress(OSError) if error else naming(self._path)  # the first error is the one to report
+        with reported, contextlib.closing(self._file):
+            if error is not None:
+                self._log.print(f"ended by {kind.__name__}: {error}", markup=False, highlight=False)
 
     def print(self, *objects: RenderableType) -> None:
         """Prints lines or tables to the terminal and the log."""
@@ -84,8 +87,9 @@ class Display:
 
     def _to_log(self, object_: RenderableType) -> None:
         text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {object_}" if isinstance(object_, str) else object_
-        self._log.print(text, markup=False, highlight=False, soft_wrap=isinstance(object_, str))
-        self._file.flush()
+        with naming(self._path):
+            self._log.print(text, markup=False, highlight=False, soft_wrap=isinstance(object_, str))
+            self._file.flush()
 
 
 def _step_text(record: Record) -> str:

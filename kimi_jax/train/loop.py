@@ -88,8 +88,6 @@ def train(
         paths, changes = stack.enter_context(claim(Path(run_dir), cfg, resume))
         store = stack.enter_context(CheckpointStore(paths.checkpoints, keep=cfg.train.checkpoints.keep))
         step = on_main(lambda: store.latest_step) or 0
-        if resume == "must" and not step:
-            raise UserError(f"run directory {paths.path}: --resume must, but there is no checkpoint in it")
         recipe = Recipe(cfg)
         if step >= cfg.train.steps:
             return _already_finished(recipe, paths, step)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from kimi_jax.config.train import Logging, RunConfig, Wandb
 from kimi_jax.errors import UserError
-from kimi_jax.train.run_dir import RunDir, write_whole
+from kimi_jax.train.run_dir import RunDir, naming, write_whole
 
 type Record = Mapping[str, float | int | None]
 """One step: `step` and names with units; None for a value that is not finite."""
@@ -60,14 +60,16 @@ class JsonLines:
     def __init__(self, path: Path, *, last_step: int):
         kept = [record for record in read_metrics(path) if record["step"] <= last_step]
         write_whole(path, "".join(_to_line(record) for record in kept))
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("a")
 
     def write(self, record: Record) -> None:
-        self._file.write(_to_line(record))
-        self._file.flush()  # what was written survives a killed process
+        with naming(self._path):
+            self._file.write(_to_line(record))
+            self._file.flush()  # what was written survives a killed process
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def _to_line(record: Record) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from kimi_jax.train.run_dir import whole_file
+
 INK, TRAIN, VALIDATION, GRID = "#1f2430", "#3b6fb6", "#d1495b", "#e3e6ec"
 SMOOTH_FRACTION = 0.02  # half the window of the moving average, as a fraction of all points ...
 SMOOTH_POINTS = 6  # ... but no fewer points than this ...
@@ -40,10 +42,8 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> N
     _style(axes, title)
     axes.set_ylim(*_limits(train[1], smooth, validation[1]))
     axes.set_xlim(0, train[0][-1] * 1.02)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
 
 
 def _series(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

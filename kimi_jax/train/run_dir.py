@@ -95,6 +95,11 @@ class RunDir:
         write_whole(self.ended, json.dumps({"step": step}) + "\n")
 
     @property
+    def saved_steps(self) -> list[int]:
+        """The steps of whole checkpoints, in no order."""
+        return [int(path.name) for path in self.checkpoints.glob("[0-9]*") if path.name.isdecimal()]
+
+    @property
     def has_progress(self) -> bool:
         """Whether steps were taken here: something that must not be lost."""
         return any(self.checkpoints.glob("[0-9]*")) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
@@ -151,6 +156,8 @@ def _check_is_run_dir(run_dir: RunDir, resume: Resume) -> None:
     strangers = path.is_dir() and any(entry.name not in BEFORE_CONFIG for entry in path.iterdir())
     if (strangers or run_dir.has_progress) and not run_dir.config.exists():
         raise UserError(f"run directory {path}: holds files but no config.yaml, so it is no run; name another")
+    if resume == "must" and not run_dir.saved_steps:
+        raise UserError(f"run directory {path}: --resume must, but there is no checkpoint in it")
     if resume == "never" and run_dir.has_progress:
         raise UserError(f"run directory {path}: already holds a run, and --resume never does not overwrite one")
 
@@ -199,18 +206,42 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file under a temporary name, then renames it: a reader sees the old text or the new."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name that becomes `path` when the block ends well: a reader sees the old file or the new.
+
+    After an error nothing is left of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an error of the system the name of the file that it is about; writing to an open one has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def describe_environment() -> dict[str, Any]:
     """Source revision, package versions and devices, for environment.json."""
     return {
-        "git": _git_revision(),
+        "git": _git_revision(Path(__file__).parent),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -238,11 +269,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_revision() -> dict[str, Any] | None:
+def _git_revision(folder: Path) -> dict[str, Any] | None:
     """Revision and whether tracked files differ from it; None outside a repository."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(folder), "--no-optional-locks", *arguments]  # someone may be committing there
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

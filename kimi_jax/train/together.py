@@ -24,7 +24,7 @@ from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.evaluation import VALIDATION, Evaluator, Sums, fetch, mean_metrics, open_measurements
 from kimi_jax.train.members import Feed, Member
 from kimi_jax.train.metrics import open_sinks
-from kimi_jax.train.run_dir import claim, config_differences, record_start
+from kimi_jax.train.run_dir import claim, config_differences, naming, record_start
 from kimi_jax.train.signals import StopRequest, catch_stop_signals
 from kimi_jax.train.state import Recipe, State
 from kimi_jax.train.step import build_train_step
@@ -333,7 +333,7 @@ class _Group:
         """To the terminal and to every member's log.txt."""
         self.console.print(line, markup=False, highlight=False)
         for member in self.members:
-            with member.paths.log.open("a") as log:
+            with naming(member.paths.log), member.paths.log.open("a") as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -220,11 +221,20 @@ def test_exit_code_and_lines(file, capsys):
     assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
 
 
-def test_a_full_disk_is_one_line(capsys):
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (errno.ENOSPC, "log.txt: cannot be written: No space left on device"),
+        (errno.EFBIG, "log.txt: cannot be written: File too large"),
+        (errno.EISDIR, "log.txt: cannot be used: Is a directory"),
+        (errno.EEXIST, "log.txt: cannot be used: File exists"),
+    ],
+)
+def test_a_disk_that_says_no_is_one_line(number, line, capsys):
     with pytest.raises(SystemExit) as exited, exit_on_user_error():
-        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+        raise OSError(number, os.strerror(number), "log.txt")
     assert exited.value.code == 2
-    assert capsys.readouterr().err == "error: metrics.jsonl: cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path):
     make = lambda: _state() | {"params": {"w": jax.random.normal(jax.random.key(0), (1000, 1000))}}
     state = make()
     with CheckpointStore(tmp_path / "checkpoints", keep=1) as store:
-        store.save(1, state, {}, {})
+        store.save(1, state, {}, {"total_tokens": 0})
         for _ in range(5):
             state = advance(state)
         jax.block_until_ready(state)
@@ -121,16 +121,27 @@ def _remove_metadata(folder):
     (folder / "model" / "_METADATA").unlink()
 
 
+def _forget_tokens(folder):
+    (folder / "metadata" / "metadata").write_text("{}")
+
+
 # A read that fails leaves tensorstore calls under way, which complain about orbax's closed event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", [_cut_files, _flip_bits, _remove_metadata])
-def test_damage_is_reported_with_the_way_out(tmp_path, damage):
+@pytest.mark.parametrize("damage", [_cut_files, _flip_bits, _remove_metadata, _forget_tokens])
+def test_damage_is_reported_with_the_way_out(tmp_path, damage, caplog):
     folder = _save(tmp_path / "checkpoints", 1, 2)
     damage(folder / "2")
     with CheckpointStore(folder) as store:
         with pytest.raises(UserError, match=r"checkpoint .*/2: damaged: .+; remove that folder to go on from step 1$"):
             store.restore(2, jax.eval_shape(_state))
         store.restore(1, jax.eval_shape(_state))
+    assert not caplog.records, "orbax says it again, in its own words"
+
+
+def test_a_file_in_place_of_the_folder_is_found_at_the_start(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"checkpoints .*: cannot be written: .*File exists"):
+        CheckpointStore(tmp_path / "checkpoints", keep=1)
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):

@@ -182,6 +182,7 @@ def test_run_directories_that_cannot_be_used(hybrid, changed, whole, tmp_path):
     for cfg, path, resume, message in cases:
         with pytest.raises(UserError, match=message):
             train(cfg, path, resume)
+    assert not (tmp_path / "new").exists()
     with loop.claim(tmp_path / "busy", hybrid, "auto"), pytest.raises(UserError, match="another process is training"):
         train(hybrid, tmp_path / "busy")
 
