@@ -136,13 +136,15 @@ class Generator:
 
     def encode(self, prompt: Prompt) -> Int[np.ndarray, "N"]:
         """Encodes a prompt; names of special tokens in a text become those tokens, ids are only checked."""
-        ids = self._encode_text(prompt) if isinstance(prompt, str) else np.asarray(prompt, np.int32)
-        if not len(ids):
+        ids = self._encode_text(prompt) if isinstance(prompt, str) else np.asarray(prompt)
+        if not ids.size:
             raise UserError("prompt: is empty; must have at least one token")
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"prompt: is {ids.dtype} of shape {list(ids.shape)}, must be text or integers [N]")
         if ids.min() < 0 or ids.max() >= self.cfg.vocab_size:
             bad = ids.min() if ids.min() < 0 else ids.max()
             raise UserError(f"prompt: token {bad} is outside the model's vocabulary of {self.cfg.vocab_size}")
-        return ids
+        return ids.astype(np.int32)
 
     def _encode_text(self, prompt: str) -> Int[np.ndarray, "N"]:
         check_text(prompt, "prompt")

@@ -26,8 +26,6 @@ class ScoredPiece(NamedTuple):
     """float32; None if they were not asked for."""
     log_likelihood_T: Float[np.ndarray, "T"]
     """float32; meaningless behind the last token."""
-    greedy_T: Bool[np.ndarray, "T"]
-    """Likewise."""
 
 
 class Scores(NamedTuple):
@@ -73,19 +71,20 @@ def score_sequences(
         following = [np.append(row[1:], row[:1]) for row in rows]  # behind the last token stands any
         context = forward.start(len(rows), round_length(padded_length(max(map(len, rows)))))
         for start, reading in ahead(read_rows(forward, context, rows, following)):
-            fields = [np.asarray(field) if with_logits or field.ndim == 2 else None for field in reading]
+            logits_BCA = np.asarray(reading.logits_BCA) if with_logits else None
+            log_likelihood_BC, finite_BC = np.asarray(reading.log_likelihood_BC), np.asarray(reading.finite_BC)
             for row, index in enumerate(batch):
-                count = min(len(rows[row]) - start, fields[1].shape[1])
-                if count > 0:
-                    yield _cut_piece(index, start, [field if field is None else field[row, :count] for field in fields])
+                inside = row, slice(max(len(rows[row]) - start, 0))
+                if finite_BC[inside].size:
+                    _check_finite(finite_BC[inside], index, start)
+                    logits_TA = None if logits_BCA is None else logits_BCA[inside]
+                    yield ScoredPiece(index, start, logits_TA, log_likelihood_BC[inside])
 
 
-def _cut_piece(sequence: int, start: int, fields: Sequence[np.ndarray | None]) -> ScoredPiece:
-    *scores, finite_T = fields
+def _check_finite(finite_T: Bool[np.ndarray, "T"], sequence: int, start: int) -> None:
     if not finite_T.all():
         at = start + int(np.argmin(finite_T))
         raise UserError(f"logits behind token {at} of sequence {sequence}: not finite; are the weights whole?")
-    return ScoredPiece(sequence, start, *scores)
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int | None]]:

@@ -27,7 +27,6 @@ from kimi_jax.types import PyTree, Variables
 
 type Dtype = Literal["float32", "bfloat16"]
 type MemoryDtype = Literal["float32", "bfloat16", "stored"]
-type Box = tuple[slice, ...]
 
 READERS = 8  # tensors read and transposed at a time, each by a thread
 ALIGNMENT = 64  # bytes: from there on JAX takes host memory over on a CPU instead of copying it

@@ -170,6 +170,10 @@ def test_pieces_hold_every_token_once():
 def test_refusals(graphdef_and_model, generator):
     with pytest.raises(UserError, match="prompt: is empty"):
         generator.generate([""])
+    with pytest.raises(UserError, match=r"prompt: is float64 of shape \[1\], must be text or integers \[N\]"):
+        generator.generate([[1.5]])
+    with pytest.raises(UserError, match=r"prompt: token 1099511627776 is outside"):
+        generator.generate([[2**40]])
     with pytest.raises(UserError, match="max_new_tokens=0: must be at least 1"):
         Settings(0)
     with pytest.raises(UserError, match="prompts: there is none"):
