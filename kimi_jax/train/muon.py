@@ -20,6 +20,7 @@ from pallas_kernels.symmetric_matmul import apply, gram, multiply, quadratic
 
 GROWTH = 150.0, 16.0  # of rounding errors, in the first run of steps and in later ones; all in one: a quarter of X
 SMALL_SIDE = 128  # below, products cost next to nothing, and the kernels' tiles would be mostly empty
+MULTIPLE = 64  # of larger sides, to which zeros are added: what the kernels take
 NORM_FLOOR = 1e-7
 SMALL_STACK = 2**24  # elements; larger stacks fill a device by themselves, and putting them together costs a copy
 
@@ -69,10 +70,12 @@ def orthogonalize(
     squares = jnp.sum(jnp.square(x_NRC), axis=(-2, -1), keepdims=True)
     norm = jnp.sqrt(lax.psum(squares, layout.cuts) if layout.cuts else squares)
     x = collect((x_NRC / (norm + NORM_FLOOR)).astype(dtype), layout)
-    implementation = "auto" if min(x.shape[1:]) >= SMALL_SIDE else "xla"
+    _, R, C = x.shape
+    implementation, multiple = ("auto", MULTIPLE) if min(R, C) >= SMALL_SIDE else ("xla", 1)
+    x = jnp.pad(x, ((0, 0), (0, -R % multiple), (0, -C % multiple)))  # rows and columns of zeros stay zeros
     for run in _cut(polynomials):
         x = _refine(x, run, implementation)
-    return give_back(x, layout, x_NRC.shape[0]).astype(jnp.float32)
+    return give_back(x[:, :R, :C], layout, x_NRC.shape[0]).astype(jnp.float32)
 
 
 def _cut(polynomials: Sequence[Polynomial]) -> list[list[Polynomial]]:
