@@ -76,7 +76,8 @@ def grouped_swiglu(
       scale: factor on each row, float32: applied before the last product, so that a sum over rows needs no weights and
         its gradient does not need the result.
       clear: whether results and gradients behind the last group are zero; else they may hold anything from its
-        `SPARE`-th row on, and x, scale and the result's gradient may there, too. Many rows that no group has cost time.
+        `SPARE`-th row on, and x, scale and the result's gradient may there, too (finite numbers under `jax.vmap`, which
+        has them join the last group). Many rows that no group has cost time.
       implementation: "auto", "mosaic_gpu", "xla" or "reference".
 
     Returns:
