@@ -48,7 +48,7 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
     """Reads a JSON list."""
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(tools, list):
         raise UserError(f"{path}: is {type(tools).__name__} at top level, must be a list")
@@ -82,6 +82,7 @@ def print_batch(generator: Generator, prompts: list[Prompt], shown: list[str], s
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # the text may hold what the terminal's encoding does not
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the script without a traceback
     arguments = parse_arguments()
     settings = Settings(

@@ -13,7 +13,7 @@ from kimi_jax.data import records, sources
 from kimi_jax.data.packing import Packer
 from kimi_jax.data.records import Manifest, RecordWriter, TokenizerEntry
 from kimi_jax.data.sources import Document
-from kimi_jax.data.tokenizers import ByteTokenizer, Tokenizer
+from kimi_jax.data.tokenizers import ByteTokenizer, Tokenizer, check_text
 from kimi_jax.errors import UserError
 
 TRAIN, VALIDATION = "train", "validation"
@@ -124,9 +124,10 @@ def prepare(
       The manifests by split name.
 
     Raises:
-      UserError: damaged input, no text at all, or a split without a document.
+      UserError: damaged input, no text at all, a split without a document, or a name for `output` that is not UTF-8.
       FileExistsError: `output` exists and is not empty, now or when all is written.
     """
+    check_text(str(output), f"output {output}")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileExistsError(output)
     splits = (TRAIN, VALIDATION) if plan.validation_percent else (TRAIN,)

@@ -228,5 +228,6 @@ def in_validation(split_key: str, *, percent: float, seed: int) -> bool:
       percent: share of documents held out, in expectation, in [0, 100].
       seed: another seed holds out other documents.
     """
-    digest = hashlib.sha256(f"{seed}:{split_key}".encode()).digest()
+    key = f"{seed}:{split_key}".encode(errors="surrogateescape")  # names of files need not be UTF-8
+    digest = hashlib.sha256(key).digest()
     return int.from_bytes(digest[:8], "big") < percent / 100 * 2**64

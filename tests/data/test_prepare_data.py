@@ -1,6 +1,7 @@
 """Preparing data: the script as a user runs it, and the default corpus on first use, by several processes at once."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -85,6 +86,16 @@ def test_a_terminated_script_leaves_nothing(tmp_path):
 
 
 # ------------------------------------------------------------------ prepare
+def test_names_of_input_files_need_not_be_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("some text")
+    found = sources.read_documents(sources.find_files([tmp_path / name]))
+    prepare(found, ByteTokenizer(), Plan(8), tmp_path / "out", source=str(tmp_path / name))
+    assert RecordSource(tmp_path / "out" / "train").manifest.source.endswith("caf?.txt")
+    with pytest.raises(UserError, match=r"output .*: character \d+ is not UTF-8"):
+        prepare([], ByteTokenizer(), Plan(8), tmp_path / "out" / name, source="")
+
+
 def documents(*texts: str) -> list[Document]:
     return [Document(text, (Piece(text, len(text)),)) for text in texts]
 

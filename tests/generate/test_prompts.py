@@ -72,6 +72,15 @@ def test_the_end_of_a_turn_ends_a_text(kimi, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_script_prints_what_the_terminal_has_letters_for(tmp_path):
+    checkpoint = export_model(saved_model(ByteTokenizer()), tmp_path / "public")
+    command = [sys.executable, GENERATE, "--checkpoint", checkpoint, "--prompt", "\xe9", "--max-new-tokens", "3"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout[0]) == (0, "?"), done.stderr
+
+
+@pytest.mark.slow
 def test_the_script_chats(kimi, tmp_path):
     tokenizer = kimi(tmp_path)
     checkpoint = export_model(saved_model(tokenizer), tmp_path / "public")
