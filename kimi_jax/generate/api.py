@@ -17,7 +17,7 @@ from jaxtyping import Int
 from kimi_jax.data.chat import END_OF_TURN
 from kimi_jax.data.tokenizers import Tokenizer, check_text
 from kimi_jax.errors import UserError
-from kimi_jax.generate.decode import decode_step, next_token
+from kimi_jax.generate.decode import NOT_FINITE, decode_step, next_token
 from kimi_jax.generate.prefill import cut_pieces, init_state, padded_length, prefill_piece, round_length
 from kimi_jax.generate.sampling import make_rule
 from kimi_jax.generate.weights import cast_matrices
@@ -99,7 +99,7 @@ class Generator:
         """Yields the text that follows a prompt as it comes, one (possibly empty) piece per token.
 
         Raises:
-          UserError: the prompt is empty, or holds a token that the model does not know.
+          UserError: the prompt is empty, or holds a token that the model does not know; or a logit is not finite.
         """
         text = _TextStream(self.tokenizer)
         for tokens_B in self.steps([self.encode(prompt)], settings):
@@ -156,6 +156,9 @@ class Generator:
         Args:
           prompts: token ids, at least one each.
           settings: how to continue.
+
+        Raises:
+          UserError: there is no prompt, or a logit is not finite.
         """
         if not prompts:
             raise UserError("prompts: there is none")
@@ -171,6 +174,9 @@ class Generator:
             if step + 1 < settings.max_new_tokens:  # dispatched before this step's tokens are waited for
                 caches, last_BD = self._run.decode(*self._weights, caches, tokens_B)
             known_B = np.where(finished_B, FINISHED, np.asarray(tokens_B))
+            if (known_B == NOT_FINITE).any():
+                row = int(np.argmax(known_B == NOT_FINITE))
+                raise UserError(f"new token {step} of prompt {row}: a logit is not finite; are the weights whole?")
             yield known_B
             finished_B |= np.isin(known_B, self.stop_ids)
             if finished_B.all():

@@ -1,12 +1,15 @@
 """One token after another: from a hidden state to the next token, and from a token to the next hidden state."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kimi_jax.generate.sampling import Rule, pick
 from kimi_jax.models.decoder import Caches, merge
 from kimi_jax.types import Variables
+
+NOT_FINITE = -2  # in place of a token, where a logit is NaN or infinite: no token can be picked
 
 
 def next_token(
@@ -31,10 +34,11 @@ def next_token(
       num_tokens: only ids below it are picked; the vocabulary may have rows that no token of the tokenizer uses.
 
     Returns:
-      int32 token ids.
+      int32 token ids, or `NOT_FINITE`.
     """
     logits_BA = merge(graphdef, params, buffers).logits(last_BD[:, None])[:, 0, :num_tokens]
-    return pick(logits_BA, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step), rule)
+    tokens_B = pick(logits_BA, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step), rule)
+    return jnp.where(jnp.isfinite(logits_BA.max(axis=-1)), tokens_B, NOT_FINITE)
 
 
 def decode_step(

@@ -182,7 +182,7 @@ def read_generation_settings(asked: dict) -> tuple[Settings, tuple[str, ...]]:
     if unknown:
         raise UserError(f"generation setting {unknown[0]!r} of a task: is not one of {', '.join(sorted(KNOWN))}")
     until = asked.get("until") or []
-    stop = (until,) if isinstance(until, str) else tuple(until)
+    stop = (until,) if isinstance(until, str) else tuple(filter(None, until))
     limit = next((int(asked[name]) for name in LIMITS if asked.get(name) is not None), MAX_NEW_TOKENS)
     sampling = {name: asked[name] for name in SAMPLING if asked.get(name) is not None}
     greedy = not asked.get("do_sample", sampling.get("temperature", 0) > 0)

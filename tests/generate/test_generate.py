@@ -155,6 +155,16 @@ def test_a_stop_token_ends_its_row_alone(generator):
     assert len(list(stopping.stream(PROMPTS[0], settings))) == first + 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_finite_give_no_text(graphdef_and_model, temperature):
+    """One column of the head, of a token that would be drawn once in a while, is enough."""
+    model = graphdef_and_model[1]
+    head = {"weight": model.params["head"]["weight"].at[:, 7].set(jnp.nan)}
+    broken = Generator(SavedModel(**vars(model) | {"params": model.params | {"head": head}}))
+    with pytest.raises(UserError, match=r"new token 0 of prompt 0: a logit is not finite; are the weights whole\?"):
+        broken.generate(["x"], Settings(2, temperature))
+
+
 def test_pieces_hold_every_token_once():
     prompts = [np.arange(1, n + 1) for n in (1, 1500, 1024)]
     pieces = list(cut_pieces(prompts))
