@@ -12,6 +12,7 @@ from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts, pos
 from kimi_jax.experiments import resources
 
 STYLES = {"finished": "green", "finished before": "dim", "failed": "red", "stopped": "yellow"}
+WIDTH = 250  # where there is no terminal: no name is broken in two
 STYLES |= {"submitted": "green", "submitted again": "yellow", "in the queue": "dim"}
 
 
@@ -61,6 +62,8 @@ def main() -> int:
     gpus = visible_gpus()
     at_once = arguments.at_once or len(gpus) or 1
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     if arguments.launcher == "print" and not arguments.dry_run:
         print(plan_sweep.batch_script(units, runs_dir, train, asked, arguments.at_once))
         return 0

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 
+from kimi_jax.config.load import validate
 from kimi_jax.config.mesh import Mesh
 from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
@@ -15,7 +16,7 @@ from kimi_jax.experiments.plan_compile import Compiled, compile_elsewhere
 from kimi_jax.experiments.plan_hardware import GIB, Hardware
 from kimi_jax.experiments.plan_time import StepTime, describe_model, estimate_step
 from kimi_jax.experiments.plan_traffic import Traffic, count_traffic, local_tokens, seconds
-from kimi_jax.parallel.mesh import AXES, abstract_mesh, check_run
+from kimi_jax.parallel.mesh import abstract_mesh, check_run
 from kimi_jax.parallel.rules import state_shardings
 from kimi_jax.train.state import Recipe, State
 
@@ -57,17 +58,13 @@ def parse_mesh(text: str) -> Mesh:
     """Reads data=8,fsdp=8.
 
     Raises:
-      UserError: an axis is unknown, or a size no whole number from 1 on.
+      UserError: an axis is unknown or given twice, or a size no whole number from 1 on.
     """
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in AXES:
-            raise UserError(f"--mesh={text!r}: unknown axis {axis!r}; known are {', '.join(AXES)}")
-        if not size.isdecimal() or not int(size):
-            raise UserError(f"--mesh={text!r}: the size of {axis} must be a whole number from 1 on, got {size!r}")
-        sizes[axis] = int(size)
-    return Mesh(**sizes)
+    parts = [part.partition("=")[::2] for part in text.split(",")]
+    sizes = dict(parts)
+    if len(sizes) < len(parts):
+        raise UserError(f"--mesh={text!r}: an axis is given twice")
+    return validate(sizes, Mesh, source=f"--mesh={text!r}")
 
 
 class Planned(NamedTuple):

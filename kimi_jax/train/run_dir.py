@@ -219,7 +219,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield temporary
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed, or a disk that refuses this, too
+            temporary.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -69,8 +69,11 @@ def test_links_between_hosts_are_shared_by_neighbours():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model=8", "unknown axis 'model'; known are data, fsdp"),
-        ("fsdp=none", "size of fsdp must be a whole number"),
+        ("model=8", "model: unknown key; known: data, fsdp"),
+        ("fsdp=none", "fsdp: got 'none', must be a valid integer"),
+        ("fsdp", "fsdp: got '', must be a valid integer"),
+        ("fsdp=99999999999", "fsdp: got '99999999999', must be less than"),
+        ("fsdp=8,fsdp=4", "an axis is given twice"),
     ],
 )
 def test_a_wrong_mesh_is_one_line(text, words):
