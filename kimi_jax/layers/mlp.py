@@ -22,21 +22,17 @@ class SwiGlu(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         weights = self.gate[...], self.up[...]
         if is_longer(x_BTD, weights):  # beside each other, not one after the other: so each device keeps its part of F
-            both_BTGF = project("BTD,DGF->BTGF", x_BTD, jnp.stack(weights, axis=1))
+            both_BTFG = project("BTD,DFG->BTFG", x_BTD, jnp.stack(weights, axis=-1))
         else:
-            both_BTGF = jnp.stack([project("BTD,DF->BTF", x_BTD, w) for w in weights], axis=2)
-        return project("BTF,FD->BTD", swiglu(both_BTGF), self.down[...])
+            both_BTFG = jnp.stack([project("BTD,DF->BTF", x_BTD, w) for w in weights], axis=-1)
+        return project("BTF,FD->BTD", swiglu(both_BTFG), self.down[...])
 
 
 @jax.custom_vjp
-def swiglu(both: Float[Array, "*B 2 F"]) -> Float[Array, "*B F"]:
+def swiglu(both: Float[Array, "*B F 2"]) -> Float[Array, "*B F"]:
     """silu(gate) up, computed in float32 and rounded once; the backward pass keeps the argument alone."""
-    gate, up = _halves(both)
+    gate, up = (both[..., i].astype(jnp.float32) for i in range(2))
     return (gate * jax.nn.sigmoid(gate) * up).astype(both.dtype)
-
-
-def _halves(both):
-    return (both[..., i, :].astype(jnp.float32) for i in range(2))
 
 
 def _swiglu_forward(both):
@@ -44,13 +40,13 @@ def _swiglu_forward(both):
 
 
 def _swiglu_backward(both, dy):
-    (gate, up), wide = _halves(jax.lax.optimization_barrier(both)), dy.astype(jnp.float32)
+    """One expression for each number of the result: what two had in common XLA would write to memory first."""
+    both = jax.lax.optimization_barrier(both)
+    wide = lambda x: jnp.broadcast_to(x.astype(jnp.float32), both.shape)
+    gate, up, dy = (wide(x) for x in (both[..., :1], both[..., 1:], dy[..., None]))
     sigmoid = jax.nn.sigmoid(gate)
-    d_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
-    # Names of their own for the other half: what both share XLA would write to memory first, in float32.
-    both, dy = jax.lax.optimization_barrier((both, dy))
-    d_up = dy.astype(jnp.float32) * jax.nn.silu(next(_halves(both)))
-    return (jnp.stack([d_gate.astype(both.dtype), d_up.astype(both.dtype)], axis=-2),)
+    of_gate = jax.lax.broadcasted_iota(jnp.int32, both.shape, both.ndim - 1) == 0
+    return ((dy * sigmoid * jnp.where(of_gate, up * (1 + gate * (1 - sigmoid)), gate)).astype(both.dtype),)
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -64,5 +60,5 @@ class Mlp(SwiGlu):
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], None]:
-        return super().__call__(x_BTD), None
+    ) -> tuple[tuple[Float[Array, "B T D"]], None]:
+        return (super().__call__(x_BTD),), None

@@ -15,6 +15,9 @@ from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.router import Router, RouterStats, Routing
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, place_rows, spread_rows, sum_rows
 
+type Addends = tuple[Float[Array, "B T D"], ...]
+"""What a feed-forward block adds to the residual stream, one after the other: apart, so that none is summed first."""
+
 
 class Matrices(NamedTuple):
     """Of E SwiGLU blocks; in the dtype of the activations, or in float32, to which their gradients then come."""
@@ -72,13 +75,13 @@ def run_here(
     x_BTD: Float[Array, "B T D"],
     routing: Routing,
     beside: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]],
-) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-    """The dispatcher of one device: (sum_k weight_k E_k(x) + beside(x), how many choices were dropped: none)."""
+) -> tuple[Addends, Float[Array, ""]]:
+    """The dispatcher of one device: ((sum_k weight_k E_k(x), beside(x)), how many choices were dropped: none)."""
     B, T, D = x_BTD.shape
     expert_Mk, weight_Mk = (x.reshape(B * T, -1) for x in routing)
     matrices = experts.matrices(x_BTD.dtype)
     y_MD = mix(matrices, x_BTD.reshape(B * T, D), expert_Mk, weight_Mk, experts.implementation)
-    return y_MD.reshape(B, T, D) + beside(x_BTD), jnp.zeros(())
+    return (y_MD.reshape(B, T, D), beside(x_BTD)), jnp.zeros(())
 
 
 class Moe(nnx.Module):
@@ -97,9 +100,9 @@ class Moe(nnx.Module):
     @jax.named_scope("moe")
     def __call__(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+    ) -> tuple[Addends, RouterStats]:
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid_BT is None else valid_BT
         x_BTD, for_router = fan_out(x_BTD, 2)
         routing, stats = self.router(for_router, valid_BT)
-        y_BTD, dropped = self.dispatch(self.experts, x_BTD, routing, self.shared or jnp.zeros_like)
-        return y_BTD, stats._replace(dropped=dropped)
+        addends, dropped = self.dispatch(self.experts, x_BTD, routing, self.shared or jnp.zeros_like)
+        return addends, stats._replace(dropped=dropped)

@@ -75,7 +75,7 @@ def measure_balance(
     """
     E, k = score_BTE.shape[-1], expert_BTk.shape[-1]
     chosen_BTE = jnp.sum(jax.nn.one_hot(expert_BTk, E, dtype=jnp.float32), axis=2)
-    chosen_BE = jnp.sum(chosen_BTE, axis=1)
+    chosen_BE = jax.lax.optimization_barrier(jnp.sum(chosen_BTE, axis=1))  # else XLA counts anew for the load
     tokens_B = jnp.sum(valid_BT, axis=1, dtype=jnp.float32)
     share_BTE = score_BTE / (jnp.sum(score_BTE, -1, keepdims=True) + WEIGHT_EPS)
     share_BE = jnp.sum(jnp.where(valid_BT[..., None], share_BTE, 0), axis=1)

@@ -17,9 +17,18 @@ from kimi_jax.layers.moe import Moe
 from kimi_jax.layers.norm import RMSNorm
 from kimi_jax.layers.router import RouterStats
 from kimi_jax.parallel.expert import run_on_mesh
+from kimi_jax.parallel.rules import axes_of
 
 MIXERS = {KdaMixer: Kda, GdnMixer: gated_delta_net, Mamba2Mixer: Mamba2, MlaMixer: Mla}
 FFNS = {DenseFfn: Mlp, MoeFfn: functools.partial(Moe, dispatch=run_on_mesh)}
+
+
+def add(x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """x + y. As matrices, where tokens are not cut: so XLA has the product that makes y add to x, not to a copy."""
+    if axes_of("tokens", x_BTD.shape[1]):
+        return x_BTD + y_BTD
+    x_MD, y_MD = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, y_BTD))
+    return (x_MD + y_MD).reshape(x_BTD.shape)
 
 
 class Block(nnx.Module):
@@ -44,6 +53,6 @@ class Block(nnx.Module):
         valid_BT: Bool[Array, "B T"] | None = None if segment_ids_BT is None else segment_ids_BT != 0
         x_BTD, normed_BTD = self.mixer_norm.beside(x_BTD)
         mixed_BTD, cache = self.mixer(normed_BTD, cache, segment_ids_BT)
-        x_BTD, normed_BTD = self.ffn_norm.beside(x_BTD + mixed_BTD)
-        y_BTD, stats = self.ffn(normed_BTD, valid_BT)
-        return x_BTD + y_BTD, cache, stats
+        x_BTD, normed_BTD = self.ffn_norm.beside(add(x_BTD, mixed_BTD))
+        addends, stats = self.ffn(normed_BTD, valid_BT)
+        return functools.reduce(add, addends, x_BTD), cache, stats

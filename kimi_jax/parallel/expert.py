@@ -18,7 +18,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.layers.moe import Experts, Matrices, mix, run_here, run_sorted
+from kimi_jax.layers.moe import Addends, Experts, Matrices, mix, run_here, run_sorted
 from kimi_jax.layers.router import Routing
 from kimi_jax.parallel.rules import spec
 from kimi_jax.parallel.weights import gather_rounded, in_turn
@@ -46,14 +46,14 @@ def run_on_mesh(
     x_BTD: Float[Array, "B T D"],
     routing: Routing,
     beside: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]],
-) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+) -> tuple[Addends, Float[Array, ""]]:
     """Runs the experts on the mesh in use; a dispatcher of `kimi_jax.layers.moe.Moe`.
 
     Args:
       beside: what is computed while rows come back, and while their gradients leave.
 
     Returns:
-      (sum_k weight_k E_k(x) + beside(x), number of dropped choices, float32).
+      ((beside(x), sum_k weight_k E_k(x)), number of dropped choices, float32).
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
@@ -88,7 +88,7 @@ def run_on_mesh(
     beside_BTD = beside(x_BTD)
     if travel:  # XLA would have its last product add up what comes back, and so wait for it
         beside_BTD = lax.optimization_barrier(beside_BTD)
-    return cut(bring_back, in_specs=results, out_specs=tokens)(y_SD, slot_MN) + beside_BTD, dropped
+    return (beside_BTD, cut(bring_back, in_specs=results, out_specs=tokens)(y_SD, slot_MN)), dropped
 
 
 def _is_names(x: object) -> bool:

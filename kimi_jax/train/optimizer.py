@@ -1,5 +1,6 @@
 """Which optimizer, matrix axes and weight decay every parameter gets, and the update that follows from it."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -151,11 +152,19 @@ def _widened(tree: PyTree) -> PyTree:
 def clip_by_global_norm(grads: PyTree, limit: float | None) -> tuple[PyTree, Float[Array, ""]]:
     """Scales gradients down to a global norm of `limit`; returns them in float32, and the norm before."""
     grads = _widened(grads)
-    norm = optax.tree.norm(grads)
+    norm = jnp.sqrt(sum_squares(grads))
     if limit is None:
         return grads, norm
     scale = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
     return jax.tree.map(lambda g: g * scale, grads), norm
+
+
+def sum_squares(tree: PyTree) -> Float[Array, ""]:
+    """Sums over all leaves; those of one shape together, as the end of every sum is a kernel of its own."""
+    rows = collections.defaultdict(list)
+    for x in jax.tree.leaves(tree):
+        rows[x.shape[:-1]].append(jnp.sum(jnp.square(x), axis=-1))
+    return sum(jnp.sum(sum(alike)) for alike in rows.values())
 
 
 def apply_update(params: PyTree, update: PyTree, lr: Float[Array, ""], step: Int[Array, ""]) -> PyTree:

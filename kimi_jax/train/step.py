@@ -16,7 +16,7 @@ from kimi_jax.layers.router import RouterStats
 from kimi_jax.models import decoder
 from kimi_jax.models.layout import layer_kinds, plan_layout
 from kimi_jax.train.loss import mean_cross_entropy, token_cross_entropy
-from kimi_jax.train.optimizer import apply_update, clip_by_global_norm
+from kimi_jax.train.optimizer import apply_update, clip_by_global_norm, sum_squares
 from kimi_jax.train.schedule import learning_rate
 from kimi_jax.train.state import Recipe, State
 from kimi_jax.types import PyTree, Variables
@@ -224,4 +224,4 @@ def _dropped_choices(mesh: Mesh, sums: Sums) -> Metrics:
 def _rms(tree: PyTree) -> Float[Array, ""]:
     leaves = jax.tree.leaves(tree)
     number = float(sum(x.size for x in leaves))  # as an integer it would not fit into 32 bits
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in leaves) / number)
+    return jnp.sqrt(sum_squares(tree) / number)

@@ -8,12 +8,12 @@ from kimi_jax.layers.mlp import swiglu
 
 
 def _plain(both):
-    return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
+    return jax.nn.silu(both[..., 0]) * both[..., 1]
 
 
 def _inputs(dtype):
     keys = jax.random.split(jax.random.key(0))
-    return [(4 * jax.random.normal(k, s)).astype(dtype) for k, s in zip(keys, [(3, 5, 2, 16), (3, 5, 16)], strict=True)]
+    return [(4 * jax.random.normal(k, s)).astype(dtype) for k, s in zip(keys, [(3, 5, 16, 2), (3, 5, 16)], strict=True)]
 
 
 def test_values_and_gradients_are_those_of_the_definition():

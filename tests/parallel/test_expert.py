@@ -33,7 +33,8 @@ def _build(capacity: float):
     graphdef, params, rest = nnx.split(moe, nnx.Param, ...)
 
     def loss(params, x):
-        y, stats = nnx.merge(graphdef, params, rest)(x, VALID)
+        addends, stats = nnx.merge(graphdef, params, rest)(x, VALID)
+        y = sum(addends)
         return jnp.sum(y**2) + stats.balance_loss, (y, stats)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)), params
