@@ -84,6 +84,7 @@ ONE_MISTAKE = {
     "an_empty_list": ("model.pattern=[]", "model.pattern: got [], must have at least 1"),
     "not_a_mapping": ("train.checkpoints=4", "train.checkpoints: got 4, must be a mapping"),
     "not_an_option": ("model.dtype=bfloat", "model.dtype: got 'bfloat'; did you mean 'bfloat16'?"),
+    "no_nccl_name": ("train.flags.nccl={FOO: '1'}", "train.flags.nccl.FOO: got 'FOO', must match ^NCCL_"),
     "nan": ("optim.peak_lr=.nan", "optim.peak_lr: got nan, must be"),
     "heads_do_not_divide": (
         "model.mixers.kda.num_value_heads=3",

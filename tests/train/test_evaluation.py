@@ -71,7 +71,7 @@ def test_data_that_a_model_cannot_read_is_refused(small, changed):
     with pytest.raises(UserError, match=message):
         open_measurements(cfg, data)
     short = {"data": {"kind": "mqar", "seq_len": 64, "num_keys": 21}, "seq_len": 128}
-    with pytest.raises(UserError, match=r"evaluation recall: num_keys: 21 is fewer than the 32 pairs"):
+    with pytest.raises(UserError, match=r"train.evaluations.recall: num_keys: 21 is fewer than the 32 pairs"):
         open_measurements(changed(small, train={"evaluations": {"recall": short}}), data)
     measured = open_measurements(changed(small, train={"evaluations": {"more": {"batches": 1}}}), data)
     assert [m.name for m in measured] == ["validation", "more"] and measured[1].data is data
