@@ -1,10 +1,10 @@
 """Which token follows: the greedy rule, and sampling from the head of the distribution."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from kimi_jax.errors import UserError
@@ -27,12 +27,14 @@ class Nucleus(NamedTuple):
 
 type Rule = Greedy | Nucleus
 
+FLOAT32 = np.finfo(np.float32)
+
 
 def make_rule(temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Rule:
     """Makes a rule from what a user asks for.
 
     Args:
-      temperature: >= 0; 0 is greedy.
+      temperature: >= 0; 0 is greedy, and so is what float32 holds as 0.
       top_p: in (0, 1].
       top_k: >= 1; None: all tokens.
 
@@ -40,15 +42,15 @@ def make_rule(temperature: float, top_p: float = 1.0, top_k: int | None = None) 
       UserError: every argument that is out of range, one line each.
     """
     problems = []
-    if not (math.isfinite(temperature) and temperature >= 0):
-        problems.append(f"temperature={temperature}: must be finite and >= 0")
+    if not 0 <= temperature <= FLOAT32.max:
+        problems.append(f"temperature={temperature}: must be in [0, {FLOAT32.max:.2g}]")
     if not 0 < top_p <= 1:
         problems.append(f"top_p={top_p}: must be in (0, 1]")
     if top_k is not None and top_k < 1:
         problems.append(f"top_k={top_k}: must be at least 1")
     if problems:
         raise UserError(problems)
-    if temperature == 0:
+    if temperature < FLOAT32.tiny:
         return Greedy()
     everything = jnp.iinfo(jnp.int32).max
     return Nucleus(jnp.float32(temperature), jnp.float32(top_p), jnp.int32(min(top_k or everything, everything)))
