@@ -90,8 +90,9 @@ def _explicit_place(
         raise UserError(f"processes: {' and '.join(missing)} must be given, too")
     if not 0 <= process_id < num_processes:
         raise UserError(f"processes: process id {process_id} must be from 0 to {num_processes - 1}")
-    if not re.fullmatch(r".+:\d+", coordinator):
-        raise UserError(f"processes: coordinator {coordinator!r} must be HOST:PORT")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:  # jax would wait for ever
+        raise UserError(f"processes: coordinator {coordinator!r} must be HOST:PORT, the port from 1 to 65535")
     return Place("explicit", num_processes, process_id, coordinator) if num_processes > 1 else None
 
 

@@ -70,6 +70,7 @@ def test_arguments_win_over_the_environment():
         ({"JOB_COMPLETION_INDEX": "3"}, "JOB_COMPLETION_INDEX=3: one of several pods, but JAX_COORDINATOR_ADDRESS"),
         (POD | {"JOB_COMPLETION_INDEX": "4"}, "process id 4 must be from 0 to 3"),
         (POD | {"JAX_COORDINATOR_ADDRESS": "host"}, "coordinator 'host' must be HOST:PORT"),
+        (POD | {"JAX_COORDINATOR_ADDRESS": "host:65536"}, "'host:65536' must be HOST:PORT, the port from 1 to 65535"),
         (POD | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES='four': must be a whole number"),
     ],
 )
