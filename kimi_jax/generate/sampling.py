@@ -27,7 +27,7 @@ class Nucleus(NamedTuple):
 
 type Rule = Greedy | Nucleus
 
-FLOAT32 = np.finfo(np.float32)
+SMALLEST, LARGEST = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "max"))
 
 
 def make_rule(temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Rule:
@@ -42,15 +42,15 @@ def make_rule(temperature: float, top_p: float = 1.0, top_k: int | None = None) 
       UserError: every argument that is out of range, one line each.
     """
     problems = []
-    if not 0 <= temperature <= FLOAT32.max:
-        problems.append(f"temperature={temperature}: must be in [0, {FLOAT32.max:.2g}]")
+    if not 0 <= temperature <= LARGEST:
+        problems.append(f"temperature={temperature}: must be in [0, {LARGEST:.2g}]")
     if not 0 < top_p <= 1:
         problems.append(f"top_p={top_p}: must be in (0, 1]")
     if top_k is not None and top_k < 1:
         problems.append(f"top_k={top_k}: must be at least 1")
     if problems:
         raise UserError(problems)
-    if temperature < FLOAT32.tiny:
+    if temperature < SMALLEST:
         return Greedy()
     everything = jnp.iinfo(jnp.int32).max
     return Nucleus(jnp.float32(temperature), jnp.float32(top_p), jnp.int32(min(top_k or everything, everything)))
