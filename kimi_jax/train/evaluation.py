@@ -157,7 +157,9 @@ def _source(cfg: RunConfig, name: str, evaluation: LossEvaluation) -> DataConfig
     source = evaluation.data or cfg.data
     if evaluation.seq_len is None:
         return source
-    return validate(source.model_dump() | {"seq_len": evaluation.seq_len}, type(source), source=f"train.evaluations.{name}")
+    return validate(
+        source.model_dump() | {"seq_len": evaluation.seq_len}, type(source), source=f"train.evaluations.{name}"
+    )
 
 
 def open_benchmarks(cfg: RunConfig, data: Dataset, open_benchmark: OpenBenchmark | None) -> dict[str, RunBenchmark]:

@@ -6,7 +6,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from kimi_jax.train.evaluation import (
     open_measurements,
 )
 from kimi_jax.train.initial import load_initial
+from kimi_jax.train.meter import Meter
 from kimi_jax.train.metrics import Sink, open_sinks, read_metrics
 from kimi_jax.train.optimizer import assignment_table
 from kimi_jax.train.plot import plot_loss
@@ -149,7 +150,7 @@ class _Loop:
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.vote = StopVote(mesh) if jax.process_count() > 1 else None
         self.stopped_by: signal.Signals | None = None
-        self.meter = _Meter()
+        self.meter = Meter()
         self.skipped_in_a_row = self.total_tokens = 0
 
     # -------------------------------------------------------------- start
@@ -315,52 +316,6 @@ class _Loop:
             again = "the same command goes on from there"
             self.display.print(f"{self.stopped_by.name}: stopped after step {self.step}; {saved}; {again}")
         return finished
-
-
-class _Meter:
-    """Tokens per second of training.
-
-    Pauses for validation, checkpoints and plots do not count, nor does a process's first step, which starts the threads
-    that read data.
-    """
-
-    def __init__(self) -> None:
-        self.tokens = self.lap_tokens = 0
-        self.seconds = self.lap_seconds = 0.0
-        self._since: float | None = None
-
-    def add(self, tokens: int) -> None:
-        """Notes the tokens of a step that has just ended."""
-        if self._since is None:
-            self._since = time.perf_counter()
-            return
-        self.tokens += tokens
-        self.lap_tokens += tokens
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        self._count()
-        yield
-        self._since = time.perf_counter()
-
-    def lap(self) -> dict[str, float]:
-        """The rate since the last lap; empty if no step ended since."""
-        self._count()
-        if not self.lap_tokens:
-            return {}
-        rate = self.lap_tokens / self.lap_seconds
-        self.lap_tokens, self.lap_seconds = 0, 0.0
-        return {"tokens_per_s": rate}
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds if self.tokens else 0.0
-
-    def _count(self) -> None:
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        self.seconds += seconds
-        self.lap_seconds += seconds
 
 
 def _open_data(cfg: RunConfig, share: Share) -> Dataset:

@@ -23,6 +23,7 @@ from kimi_jax.parallel.mesh import mesh_shape
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.evaluation import VALIDATION, Evaluator, Sums, fetch, mean_metrics, open_measurements
 from kimi_jax.train.members import Feed, Member
+from kimi_jax.train.meter import Meter
 from kimi_jax.train.metrics import open_sinks
 from kimi_jax.train.run_dir import claim, config_differences, naming, record_start
 from kimi_jax.train.signals import StopRequest, catch_stop_signals
@@ -166,7 +167,7 @@ class _Group:
         self.peak_lrs = np.array([member.cfg.optim.peak_lr for member in members], np.float32)
         self.console = Console(soft_wrap=True)
         self.pending: collections.deque[tuple[int, int, dict[str, Array]]] = collections.deque()
-        self.clock = _Clock()
+        self.meter = Meter()
         self.step = self.saved_step = self.plotted_step = 0
         self.ended_early = False
 
@@ -229,7 +230,7 @@ class _Group:
                 self.ended_early = until is not None and not last and any(_holds(until, m) for m in self.members)
             if last or self.step % self.cfg.checkpoints.every == 0:
                 self._checkpoint()
-            self._settle(keep=1 if self.clock.is_running else 0)  # the first block starts the clock, alone
+            self._settle(keep=1 if self.meter.is_running else 0)  # the first block starts the meter, alone
         if self.step > self.saved_step:
             self._checkpoint()
         self._plot()
@@ -262,15 +263,15 @@ class _Group:
             end, steps, on_device = self.pending.popleft()
             metrics = jax.device_get(on_device)
             self.watchdog.feed(end)
-            self.clock.add(int(metrics["tokens"].sum()))
-            rate = self.clock.lap() if evaluate else None
-            validation = self._validation(end, evaluate()) if evaluate else None
+            self.meter.add(int(metrics["tokens"].sum()))
+            rate = self.meter.lap().get("tokens_per_s") if evaluate else None
+            with self.meter.paused():
+                validation = self._validation(end, evaluate()) if evaluate else None
             for at, step in enumerate(range(end - steps + 1, end + 1)):
                 rows = {name: x[at] for name, x in metrics.items()}
                 self._write(step, rows, *((rate, validation) if step == end else (None, None)))
             if validation:
                 self._show(end, validation, rate)
-                self.clock.lap()  # the validation itself does not count
 
     def _write(
         self, step: int, rows: Mapping[str, np.ndarray], rate: float | None, validation: Validation | None
@@ -291,14 +292,14 @@ class _Group:
 
     def _checkpoint(self) -> None:
         self._settle(keep=0)
-        for i, (member, data) in enumerate(zip(self.members, self.feed.identities, strict=True)):
-            if not member.failure:
-                state = jax.tree.map(lambda x, i=i: x[i], self.states)
-                config = member.cfg.model_dump(mode="json")
-                metadata = {"total_tokens": member.total_tokens, "config": config, "data": data}
-                member.store.save(self.step, state, self.positions[i], metadata)
+        with self.meter.paused():
+            for i, (member, data) in enumerate(zip(self.members, self.feed.identities, strict=True)):
+                if not member.failure:
+                    state = jax.tree.map(lambda x, i=i: x[i], self.states)
+                    config = member.cfg.model_dump(mode="json")
+                    metadata = {"total_tokens": member.total_tokens, "config": config, "data": data}
+                    member.store.save(self.step, state, self.positions[i], metadata)
         self.saved_step = self.step
-        self.clock.lap()
 
     def _plot(self) -> None:
         """Draws the curves of what the newest checkpoints belong to, if that was not done yet."""
@@ -340,28 +341,3 @@ class _Group:
 def _holds(until: Until, member: Member) -> bool:
     last = member.accuracies[-until.validations :]
     return not member.failure and len(last) == until.validations and min(last) >= until.accuracy
-
-
-class _Clock:
-    """Scored tokens per second between validations; a process's first block, which starts the data's threads, does not
-    count."""
-
-    def __init__(self) -> None:
-        self._tokens, self._since = 0, None
-
-    @property
-    def is_running(self) -> bool:
-        return self._since is not None
-
-    def add(self, tokens: int) -> None:
-        """Notes the tokens of a block that has ended."""
-        if self._since is None:
-            self._since = time.perf_counter()
-        else:
-            self._tokens += tokens
-
-    def lap(self) -> float | None:
-        """The rate since the last lap; None if no block ended since."""
-        now, tokens, since = time.perf_counter(), self._tokens, self._since
-        self._tokens, self._since = 0, now
-        return tokens / (now - since) if tokens else None
