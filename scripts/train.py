@@ -64,8 +64,9 @@ def put_into_queue(cfg: RunConfig, run_dir: Path, arguments: argparse.Namespace)
     """Submits the run as it is configured now; the job goes on by itself after its time limit and after preemption."""
     with plain_interrupts():
         from kimi_jax.experiments.slurm import submit
-        from kimi_jax.train.run_dir import write_whole
+        from kimi_jax.train.run_dir import check_usable, write_whole
 
+    check_usable(run_dir, cfg, arguments.resume)  # not after hours in the queue
     folder = run_dir.absolute() / "slurm"
     write_whole(folder / "config.yaml", dump(cfg))
     command = [sys.executable, str(Path(__file__).resolve()), str(folder / "config.yaml")]

@@ -130,10 +130,20 @@ def claim(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[tuple[RunDir, 
         yield RunDir(path), changes
 
 
-@contextlib.contextmanager
-def _hold(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[list[str]]:
+def check_usable(path: Path, cfg: RunConfig, resume: Resume) -> list[str]:
+    """What `claim` checks of a directory, without holding it, and what it yields of changes.
+
+    Raises:
+      UserError: it is no run directory, belongs to another config, or `resume` forbids it.
+    """
     run_dir = RunDir(path)
     _check_is_run_dir(run_dir, resume)
+    return _check_config(run_dir, cfg) if run_dir.has_progress else []
+
+
+@contextlib.contextmanager
+def _hold(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[list[str]]:
+    _check_is_run_dir(RunDir(path), resume)  # before it is made
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / LOCK, "w")  # noqa: SIM115 - held until the process ends or lets go
@@ -146,7 +156,7 @@ def _hold(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[list[str]]:
             raise UserError(f"run directory {path}: {IN_USE}") from error
         except OSError as error:  # some shared disks know no locks
             raise UserError(f"run directory {path}: {LOCK} cannot be locked: {error.strerror}") from error
-        yield _check_config(run_dir, cfg) if run_dir.has_progress else []
+        yield check_usable(path, cfg, resume)
 
 
 def _check_is_run_dir(run_dir: RunDir, resume: Resume) -> None:

@@ -20,7 +20,7 @@ from kimi_jax.train import loop
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.loop import train
 from kimi_jax.train.metrics import read_metrics
-from kimi_jax.train.run_dir import RunDir
+from kimi_jax.train.run_dir import RunDir, check_usable
 from kimi_jax.train.state import Recipe
 
 TIMED = {"tokens_per_s"}  # the only numbers that two runs of one config do not share
@@ -182,6 +182,8 @@ def test_run_directories_that_cannot_be_used(hybrid, changed, whole, tmp_path):
     for cfg, path, resume, message in cases:
         with pytest.raises(UserError, match=message):
             train(cfg, path, resume)
+        with pytest.raises(UserError, match=message):
+            check_usable(path, cfg, resume)
     assert not (tmp_path / "new").exists()
     with loop.claim(tmp_path / "busy", hybrid, "auto"), pytest.raises(UserError, match="another process is training"):
         train(hybrid, tmp_path / "busy")

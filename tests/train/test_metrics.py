@@ -43,9 +43,10 @@ def test_numbers_survive_exactly_and_not_finite_ones_become_null(tmp_path):
 
 def test_damage_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is no JSON object"):
-        read_metrics(path)
+    for damaged in ('{"st', '{"step": "2"}'):
+        path.write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
+        with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is no JSON object"):
+            read_metrics(path)
     assert read_metrics(tmp_path / "none.jsonl") == []
 
 
