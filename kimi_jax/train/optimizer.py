@@ -27,6 +27,7 @@ MERGED_AXES = ("heads", "head_dim")  # adjacent: one side of the matrix, as in M
 TABLE_AXES = ("vocab",)  # embedding and head: matrices that AdamW keeps
 FILTER_AXES = ("conv",)  # depthwise filters: no matrices at all
 FLOAT32_AXES = ("experts",)  # as a side of a matrix: the router, whose product is float32
+SMALL = 1 << 17  # numbers: squares of such leaves are added up as they are, so that XLA updates leaves in one kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +162,11 @@ def clip_by_global_norm(grads: PyTree, limit: float | None) -> tuple[PyTree, Flo
 
 def sum_squares(tree: PyTree) -> Float[Array, ""]:
     """Sums over all leaves; those of one shape together, as the end of every sum is a kernel of its own."""
-    rows = collections.defaultdict(list)
+    parts = collections.defaultdict(list)
     for x in jax.tree.leaves(tree):
-        rows[x.shape[:-1]].append(jnp.sum(jnp.square(x), axis=-1))
-    return sum(jnp.sum(sum(alike)) for alike in rows.values())
+        part = jnp.sum(jnp.square(x), axis=-1) if x.size > SMALL else jnp.square(x)
+        parts[part.shape].append(part)
+    return sum(jnp.sum(sum(alike)) for alike in parts.values())
 
 
 def apply_update(params: PyTree, update: PyTree, lr: Float[Array, ""], step: Int[Array, ""]) -> PyTree:
