@@ -146,14 +146,21 @@ def from_public(public: PublicConfig) -> ModelConfig:
     )
 
 
+MIN_REPEATS = 4  # of a pattern before a tail that is longer than itself: fewer layers are not worth a scan
+
+
 def find_pattern(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Finds a pattern that comes twice or more, and a tail behind it, of the fewest layers together."""
+    """Finds the pattern and the tail behind it of the fewest layers together.
+
+    The pattern comes twice at least, or `MIN_REPEATS` times: three linear layers and one of MLA stay one pattern.
+    """
     best = tuple(names), ()
     for period in range(1, len(names) // 2 + 1):
         end = next((i for i in range(period, len(names)) if names[i] != names[i - period]), len(names))
-        whole = end // period * period
-        if whole > period and period + len(names) - whole < len(best[0] + best[1]):
-            best = tuple(names[:period]), tuple(names[whole:])
+        repeats, tail = end // period, len(names) - end // period * period
+        enough = repeats >= (2 if tail < period else MIN_REPEATS)
+        if enough and period + tail < len(best[0] + best[1]):
+            best = tuple(names[:period]), tuple(names[len(names) - tail :])
     return best
 
 

@@ -1,17 +1,21 @@
 """config.json in both directions, and a line for everything that one side cannot say."""
 
 import json
+from pathlib import Path
 
 import pytest
 from lively_models import GDN, KDA, MLA, SPECS, build_config
 from released import CONFIG, FULL_ATTENTION
 
+from kimi_jax.config.load import load
 from kimi_jax.config.model import ModelConfig
+from kimi_jax.config.train import RunConfig
 from kimi_jax.errors import UserError
 from kimi_jax.interop.hf_config import find_pattern, from_public, to_public
 from kimi_jax.interop.public_config import json_fields, read_public
 
 SOURCE = "config.json"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 NARROW = {"key_dim": 2, "value_dim": 2, "output_gate": {"kind": "sigmoid", "rank": 2}}
 IDS = {"bos": 163584, "eos": 163586, "pad": 163839}
 
@@ -62,11 +66,21 @@ def test_the_names_that_transformers_gives_a_model_of_its_own():
         ("ABBA", "ABBA", ""),
         ("A" * 15 + "B", "A", "B"),
         (("A" * 15 + "B") * 2, "A" * 15 + "B", ""),
-        ("AABABB", "A", "BABB"),
+        ("AAAB", "AAAB", ""),
+        ("AABABB", "AABABB", ""),
     ],
 )
 def test_patterns(layers, pattern, tail):
     assert find_pattern(layers) == (tuple(pattern), tuple(tail))
+
+
+@pytest.mark.parametrize(
+    "path", [*EXPERIMENTS.glob("sizes/*.yaml"), EXPERIMENTS / "quickstart.yaml"], ids=lambda p: p.stem
+)
+def test_exported_models_start_the_experiments_they_come_from(path):
+    """`train.init_from` compares parameters by their place, so the layers must be read as the file writes them."""
+    cfg = load(path, [], RunConfig).model
+    assert find_pattern(cfg.mixer_names) == (cfg.pattern, cfg.tail)
 
 
 @pytest.mark.parametrize(
