@@ -54,12 +54,17 @@ def axes_of(name: str, size: int) -> tuple[str, ...]:
     return () if mesh.empty else tuple(jax.tree.leaves(tuple(spec((name,), (size,), mesh))))
 
 
-def constrain(x: Array, axes: Sequence[str | None]) -> Array:
-    """States how an activation is cut over the mesh in use; without one, or with one device, nothing happens."""
+def on_one_device() -> bool:
+    """Whether the mesh in use has one device; so it is without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    return mesh.empty or mesh.size == 1
+
+
+def constrain(x: Array, axes: Sequence[str | None]) -> Array:
+    """States how an activation is cut over the mesh in use; on one device nothing happens."""
+    if on_one_device():
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, jax.sharding.get_abstract_mesh()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 
 from kimi_jax.config.optim import Minimax, Muon, Optimizer
+from kimi_jax.parallel.rules import on_one_device
 from kimi_jax.train import newton_schulz
 from kimi_jax.train.muon import Matrix, scale_by_muon
 from kimi_jax.types import PyTree
@@ -161,9 +162,12 @@ def clip_by_global_norm(grads: PyTree, limit: float | None) -> tuple[PyTree, Flo
 
 
 def sum_squares(tree: PyTree) -> Float[Array, ""]:
-    """Sums over all leaves; those of one shape together, as the end of every sum is a kernel of its own."""
+    """Sums over all leaves; on one device those of a shape together, as the end of every sum is a kernel of its own."""
+    leaves = jax.tree.leaves(tree)
+    if not on_one_device():  # those of a shape may be cut in different ways
+        return sum(jnp.sum(jnp.square(x)) for x in leaves)
     parts = collections.defaultdict(list)
-    for x in jax.tree.leaves(tree):
+    for x in leaves:
         part = jnp.sum(jnp.square(x), axis=-1) if x.size > SMALL else jnp.square(x)
         parts[part.shape].append(part)
     return sum(jnp.sum(sum(alike)) for alike in parts.values())
