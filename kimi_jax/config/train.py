@@ -8,13 +8,13 @@ from pydantic import Field
 
 from kimi_jax.config.base import Config
 from kimi_jax.config.data import DataConfig
-from kimi_jax.config.evaluation import Evaluation
+from kimi_jax.config.evaluation import Evaluation, LossEvaluation
 from kimi_jax.config.mesh import Mesh
 from kimi_jax.config.mixer import PositiveInt
 from kimi_jax.config.model import ModelConfig
 from kimi_jax.config.optim import Optimizer, schedule_problems
 
-MAX_TOKENS = 2**31  # of a step, which counts them in int32
+MAX_TOKENS = 2**31  # of a batch, which counts them in int32
 MAX_B2_BFLOAT16 = 0.99  # each step moves the second moment by 1 - b2 of its distance; bfloat16 resolves 1/256
 
 
@@ -172,9 +172,15 @@ class RunConfig(Config):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from schedule_problems(self.optim.schedule, self.train.steps)
-        if (tokens := self.train.batch_size * self.data.seq_len) >= MAX_TOKENS:
-            what = f"{self.train.batch_size} x data.seq_len={self.data.seq_len} are {tokens} tokens"
-            yield "train.batch_size", f"{what}, must be less than {MAX_TOKENS}"
+        yield from self._token_problems("train", self.train.batch_size, self.data.seq_len)
+        for name, cfg in self.train.evaluations_of(LossEvaluation).items():
+            rows, seq_len = cfg.batch_size or self.train.batch_size, cfg.seq_len or (cfg.data or self.data).seq_len
+            yield from self._token_problems(f"train.evaluations.{name}", rows, seq_len)
         if self.train.parameters == "bfloat16" and self.optim.b2 > MAX_B2_BFLOAT16:
             rule = f"train.parameters=bfloat16 needs at most {MAX_B2_BFLOAT16}: a smaller share would be rounded away"
             yield "optim.b2", f"{self.optim.b2}; {rule}"
+
+    @staticmethod
+    def _token_problems(where: str, rows: int, seq_len: int) -> Iterator[tuple[str, str]]:
+        if rows * seq_len >= MAX_TOKENS:
+            yield f"{where}.batch_size", f"{rows} sequences of {seq_len} tokens, must be less than {MAX_TOKENS} tokens"

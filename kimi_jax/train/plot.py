@@ -77,7 +77,7 @@ def _last_validation(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _style(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=10)
+    axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=10, parse_math=False)
     axes.set_xlabel("optimizer step", color=INK)
     axes.set_ylabel("cross-entropy (nats per token)", color=INK)
     axes.grid(color=GRID, linewidth=0.8)

@@ -71,7 +71,11 @@ ONE_MISTAKE = {
     "wrong_type": ("train.steps=many", "train.steps: got 'many', must be a valid integer"),
     "truth_as_number": ("train.log_every=true", "train.log_every: got True, must be a number"),
     "never_moves": ("optim.b2=1", "optim.b2: got 1, must be less than 1"),
-    "more_tokens_than_int32": ("data.seq_len=268435456", "train.batch_size: 8 x data.seq_len=268435456 are 2147483648"),
+    "more_tokens_than_int32": ("data.seq_len=268435456", "train.batch_size: 8 sequences of 268435456 tokens"),
+    "more_tokens_evaluated": (
+        "train.evaluations={x: {batch_size: 2000000, seq_len: 2048}}",
+        "train.evaluations.x.batch_size: 2000000 sequences of 2048 tokens, must be less than 2147483648",
+    ),
     "not_positive": ("train.batch_size=0", "train.batch_size: got 0, must be greater than 0"),
     "too_large": ("model.model_dim=10000000000", "model.model_dim: got 10000000000, must be less than 2147483648"),
     "unknown_kind": ("optim.kind=muonn", "optim.kind: got 'muonn'; did you mean 'muon'?"),

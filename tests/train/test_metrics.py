@@ -91,7 +91,7 @@ def test_plot(tmp_path):
     one = imread(path)
     records = [{"step": step, "loss_nats": 5.0 / step} for step in range(1, 50)]
     records[-1]["validation_loss_nats"] = 0.2
-    plot_loss(records, path, title="curve")
+    plot_loss(records, path, title="$x^$ is no formula")
     assert imread(path).shape == one.shape and not np.array_equal(imread(path), one)
     assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
 
