@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the disk takes no more
 REFUSED = {errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
 
-EXHAUSTED = "RESOURCE_EXHAUSTED"  # in the message of jax's JaxRuntimeError when a device's memory is full
+EXHAUSTED = ("RESOURCE_EXHAUSTED", "Out of memory")  # in messages of jax's JaxRuntimeError: a device's memory is full
 
 
 class UserError(ValueError):
@@ -52,7 +52,7 @@ def exit_on_user_error() -> Iterator[None]:
         print(f"error: {name}: cannot be {what}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and EXHAUSTED not in str(error):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in EXHAUSTED):
             raise
         what = next(iter(str(error).splitlines()), "of this process")
         print(f"error: memory does not suffice: {what}", file=sys.stderr)

@@ -139,7 +139,7 @@ def open_measurements(cfg: RunConfig, data: Dataset) -> list[Measurement]:
       data: that of the run.
 
     Raises:
-      UserError: the data is missing, or has tokens that the model does not know.
+      UserError: the data is missing, has no validation examples, or tokens that the model does not know.
     """
     found = [Measurement(VALIDATION, LossEvaluation(batches=cfg.train.validation.batches), data)]
     share = {"process_index": data.process_index, "process_count": data.process_count}
@@ -148,6 +148,10 @@ def open_measurements(cfg: RunConfig, data: Dataset) -> list[Measurement]:
         source = _source(cfg, name, evaluation)
         own = source == cfg.data and rows == cfg.train.batch_size
         opened = data if own else build_dataset(source, batch_size=rows, **share)
+        if opened.validation is None:
+            raise UserError(
+                f"train.evaluations.{name}: {opened.train} has no validation examples beside it to measure on"
+            )
         opened.check_vocabulary(cfg.model.vocab_size, f"the data of train.evaluations.{name}")
         found.append(Measurement(name, evaluation, opened))
     return found

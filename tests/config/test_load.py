@@ -253,6 +253,12 @@ def test_memory_that_does_not_suffice_is_one_line(allocate, capsys):
     assert line.startswith("error: memory does not suffice: ") and "alloc" in line
 
 
+def test_memory_that_ends_inside_a_program_is_one_line(capsys):
+    with pytest.raises(SystemExit), exit_on_user_error():  # as jax 0.11.2 says it on a CPU
+        raise RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 256000000000 bytes.")
+    assert capsys.readouterr().err.startswith("error: memory does not suffice: ")
+
+
 def test_a_reader_that_goes_is_no_error():
     """As in `| head -1`: nothing is said, neither by us nor by Python when it ends."""
     code = "from kimi_jax.errors import *\nwith exit_on_user_error(): print('x' * 10**6)"

@@ -1,5 +1,7 @@
 """What is measured beside the validation loss: positions within documents, and which data fits a model."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +77,9 @@ def test_data_that_a_model_cannot_read_is_refused(small, changed):
         open_measurements(changed(small, train={"evaluations": {"recall": short}}), data)
     measured = open_measurements(changed(small, train={"evaluations": {"more": {"batches": 1}}}), data)
     assert [m.name for m in measured] == ["validation", "more"] and measured[1].data is data
+    alone = dataclasses.replace(data, validation=None)
+    with pytest.raises(UserError, match=r"train.evaluations.more: .*/train has no validation examples"):
+        open_measurements(changed(small, train={"evaluations": {"more": {"batches": 1}}}), alone)
     with pytest.raises(ValueError, match=r"evaluations.validation: is what the run's own"):
         Train(steps=1, batch_size=1, evaluations={"validation": {}})
     with pytest.raises(ValueError, match=r"'a/b' must be of letters, digits, - and _"):
