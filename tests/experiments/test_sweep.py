@@ -61,6 +61,11 @@ def write(folder: Path, **sweep) -> Path:
     return path
 
 
+def test_a_long_name_leaves_room_for_what_checkpoints_append(tmp_path):
+    (run,) = load_sweep(write(tmp_path, runs={"a" * 300: {}}))
+    assert len(run.name) == 120 + 1 + 8
+
+
 def names(path: Path) -> list[str]:
     return [run.name.rpartition("-")[0] for run in load_sweep(path)]
 
