@@ -61,6 +61,7 @@ def test_seeds_are_put_together(tmp_path):
     }
     rows = read_csv(runs_dir / "report" / "runs.csv")
     assert len(rows) == 12 and {row["state"] for row in rows} == {"finished"}
+    assert all(int(row["parameters"]) > 10_000 for row in rows), "numbers, without commas"
     assert "validation_accuracy" not in rows[0], "no run has it"
     figures = [path for path in written if path.suffix == ".png"]
     assert {path.name for path in figures} == {

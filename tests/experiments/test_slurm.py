@@ -39,6 +39,13 @@ def parse(*arguments: str) -> Resources:
     return resources.from_arguments(parser.parse_args(arguments))
 
 
+def test_a_signal_ends_a_job_as_a_shell_would_say_it():
+    for end, code in (("exit 2", 2), ("kill -TERM $$", 143)):
+        with pytest.raises(SystemExit) as ended:
+            slurm.Training(["bash", "-c", end])()
+        assert ended.value.code == code
+
+
 def test_arguments_say_what_a_job_asks_for(capsys):
     assert parse() == Resources(1440, 1, 8, None, 180, {})
     asked = parse("--nodes", "4", "--time", "2-01:30:01", "--slurm", "partition=a", "--slurm", "qos=high")
