@@ -140,6 +140,8 @@ def _describe(path: Path_, owner: type[BaseModel] | None, annotation: Any, error
             return f"{name}: got {_short(got)}, must have at least {context['min_length']}"
         case "tuple_type":
             return f"{name}: got {_short(got)}, must be a list"
+        case "greater_than_equal":  # pydantic writes 1e-38 with all its zeros
+            return f"{name}: got {_short(got)}, must be greater than or equal to {context['ge']:g}"
         case "string_pattern_mismatch":  # of a key, which pydantic marks behind it, or of a value
             return f"{name.removesuffix('.[key]')}: got {got!r}, must match {context['pattern']}"
         case "model_type" | "model_attributes_type" | "dict_type":

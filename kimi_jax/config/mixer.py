@@ -8,6 +8,7 @@ from pydantic import Field
 from kimi_jax.config.base import Config
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # sizes and steps are counted in int32
+Epsilon = Annotated[float, Field(ge=2.0**-126)]  # what is smaller float32 may hold as 0
 KdaImplementation = Literal["auto", "mosaic_gpu", "chunked", "reference"]
 
 
@@ -114,7 +115,7 @@ class LinearMixer(Config):
     value_dim: PositiveInt = 128
     conv: Conv = ShortConv()
     output_gate: OutputGate = SigmoidGate()
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    norm_eps: Epsilon = 1e-5
     """Added under the root of the output RMSNorm."""
     chunk_size: Literal[16, 32, 64] | None = None
     """Tokens per chunk C of the operator, no effect on the result beyond rounding; unset: the implementation's own."""
@@ -180,7 +181,7 @@ class MlaMixer(Config):
     """Query dimensions per head that meet the one key shared by all heads; rotated only if `position` says so."""
     value_dim: PositiveInt = 128
     latent_dim: PositiveInt = 512
-    latent_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    latent_norm_eps: Epsilon = 1e-6
     """Added under the root of the latent's RMSNorm; the released model uses 1e-6 here and 1e-5 elsewhere."""
     position: Position = NoPosition()
     implementation: Literal["auto", "mosaic_gpu", "cudnn", "xla"] = "auto"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kimi_jax.config.base import Config, nearest
-from kimi_jax.config.mixer import Mixer, PositiveInt
+from kimi_jax.config.mixer import Epsilon, Mixer, PositiveInt
 
 
 class DenseFfn(Config):
@@ -65,7 +65,7 @@ class ModelConfig(Config):
     first_k_dense: Annotated[int, Field(ge=0)] = 0
     """Leading layers with `dense_hidden_dim` instead of `ffn`."""
     dense_hidden_dim: PositiveInt | None = None
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    norm_eps: Epsilon = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of every projection and embedding at initialisation."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

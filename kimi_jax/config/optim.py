@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kimi_jax.config.base import Config
+from kimi_jax.config.mixer import Epsilon
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1 a moving average never moves
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1 a moving average never moves
 Steps = Annotated[int, Field(ge=0)]
 
 
@@ -48,9 +49,9 @@ class Optim(Config):
     """Decoupled, scaled by the learning rate; not for norms, gate parameters (a_log, dt_bias) and convolutions."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; none: unclipped."""
-    b1: Decay = 0.9
-    b2: Decay = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    b1: Momentum = 0.9
+    b2: Momentum = 0.95
+    eps: Epsilon = 1e-8
 
 
 class AdamW(Optim):
@@ -80,7 +81,7 @@ class Muon(Optim):
     """Muon in Moonlight's form (arXiv 2502.16982) on matrices, AdamW (b1, b2, eps) on the rest, one learning rate."""
 
     kind: Literal["muon"] = "muon"
-    momentum: Decay = 0.95
+    momentum: Momentum = 0.95
     newton_schulz: NewtonSchulz = Quintic()
     newton_schulz_steps: Annotated[int, Field(ge=1, le=10)] = 5
     update_rms: Annotated[float, Field(gt=0)] = 0.2

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
-import yaml
 
+from kimi_jax.config.yaml_files import to_yaml
 from kimi_jax.data.records import new_folder
 from kimi_jax.interop.files import CONFIG, GENERATION_CONFIG
 from kimi_jax.interop.hf_export import refuse_existing, writing_to
@@ -46,7 +46,7 @@ def import_directory(public_dir: str | Path, out_dir: str | Path) -> Path:
         if tokenizer:
             write_tokenizer(tokenizer, folder / PUBLIC, max_length=checkpoint.public.model_max_length)
         model = {"model": checkpoint.cfg.model_dump(mode="json")}
-        (folder / MODEL_YAML).write_text(yaml.safe_dump(model, sort_keys=False, default_flow_style=None, width=120))
+        (folder / MODEL_YAML).write_text(to_yaml(model))
         with CheckpointStore(RunDir(folder).checkpoints, keep=1) as store:
             state = {"params": params, "buffers": buffers, "opt_state": {}, "step": jnp.int32(0)}
             store.save(0, state, {}, {"source": str(source)})

@@ -70,6 +70,7 @@ ONE_MISTAKE = {
     "unknown_key_in_variant": ("model.mixers.mla.nope_dims=3", "model.mixers.mla.nope_dims: unknown key; did you mean"),
     "wrong_type": ("train.steps=many", "train.steps: got 'many', must be a valid integer"),
     "truth_as_number": ("train.log_every=true", "train.log_every: got True, must be a number"),
+    "vanishes_in_float32": ("optim.eps=1e-300", "optim.eps: got 1e-300, must be greater than or equal to 1.17549e-38"),
     "never_moves": ("optim.b2=1", "optim.b2: got 1, must be less than 1"),
     "more_tokens_than_int32": ("data.seq_len=268435456", "train.batch_size: 8 sequences of 268435456 tokens"),
     "more_tokens_evaluated": (
