@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.grouped_matmul import mosaic_gpu, reference, xla
 from pallas_kernels.grouped_matmul.rows import place_rows, spread_rows, sum_rows
@@ -51,10 +52,8 @@ def grouped_matmul(
       ValueError: an argument has the wrong shape or dtype.
       NotImplementedError: the implementation refuses these arguments.
     """
-    if x.ndim != 2 or w.ndim != 3 or w.shape[1] != x.shape[1] or group_sizes.shape != w.shape[:1]:
-        shapes = f"x {x.shape}, w {w.shape}, group_sizes {group_sizes.shape}"
-        raise ValueError(f"grouped_matmul: must be x [M, D], w [E, D, F], group_sizes [E]; got {shapes}")
-    _check_dtypes("grouped_matmul", group_sizes, x, w=w)
+    check_arrays("grouped_matmul", {"x": (x, "M D"), "w": (w, "E D F")}, {"group_sizes": (group_sizes, "E")})
+    _check_dtypes("grouped_matmul", x, w=w)
     return call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, group_sizes.astype(jnp.int32))
 
 
@@ -88,22 +87,14 @@ def grouped_swiglu(
       ValueError: an argument has the wrong shape or dtype.
       NotImplementedError: the implementation refuses these arguments.
     """
-    E, D, F = gate.shape if gate.ndim == 3 else (0, 0, 0)
-    shapes = {"x": x.shape, "gate": gate.shape, "up": up.shape, "down": down.shape, "scale": scale.shape}
-    rows = x.shape[0] if x.ndim else 0
-    if shapes != {"x": (rows, D), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D), "scale": (rows,)}:
-        rule = "must be x [M, D], gate and up [E, D, F], down [E, F, D], scale [M]"
-        raise ValueError(f"grouped_swiglu: {rule}; got {', '.join(f'{k} {v}' for k, v in shapes.items())}")
-    if group_sizes.shape != (E,):
-        raise ValueError(f"grouped_swiglu: group_sizes must be [E] = [{E}], got {group_sizes.shape}")
-    _check_dtypes("grouped_swiglu", group_sizes, x, gate=gate, up=up, down=down)
+    floating = {"x": (x, "M D"), "gate": (gate, "E D F"), "up": (up, "E D F"), "down": (down, "E F D")}
+    check_arrays("grouped_swiglu", floating | {"scale": (scale, "M")}, {"group_sizes": (group_sizes, "E")})
+    _check_dtypes("grouped_swiglu", x, gate=gate, up=up, down=down)
     arrays = x, gate, up, down, scale, group_sizes.astype(jnp.int32)
     return call("grouped_swiglu", SWIGLU_IMPLEMENTATIONS, implementation, *arrays, clear)
 
 
-def _check_dtypes(op: str, group_sizes, x, **matrices) -> None:
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(f"{op}: group_sizes must be integers, got {group_sizes.dtype}")
+def _check_dtypes(op: str, x, **matrices) -> None:
     for name, w in matrices.items():
         if w.dtype not in (x.dtype, jnp.float32):
             raise ValueError(f"{op}: {name} must be {x.dtype}, the dtype of x, or float32; got {w.dtype}")

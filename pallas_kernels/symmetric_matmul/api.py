@@ -5,6 +5,7 @@ Of a symmetric matrix only the blocks of 128 x 128 up to the diagonal count: the
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.arguments import check_arrays, check_one_dtype
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.symmetric_matmul import mosaic_gpu, xla
 
@@ -28,8 +29,10 @@ def gram(x: Float[Array, "N R C"], *, implementation: str = "auto") -> Float[Arr
       In the dtype of x, accumulated in float32.
 
     Raises:
+      ValueError: an argument has the wrong shape or dtype.
       NotImplementedError: the implementation refuses these arguments.
     """
+    check_arrays("gram", {"x": (x, "N R C")})
     return call("gram", IMPLEMENTATIONS["gram"], implementation, x)
 
 
@@ -40,6 +43,8 @@ def multiply(
 
     Arguments and errors as for `gram`.
     """
+    check_arrays("multiply", {"x": (x, "N S S"), "y": (y, "N S S")})
+    check_one_dtype("multiply", x=x, y=y)
     return call("multiply", IMPLEMENTATIONS["multiply"], implementation, x, y)
 
 
@@ -47,9 +52,12 @@ def quadratic(
     x: Float[Array, "N S S"], *, a: float, b: float, c: float, implementation: str = "auto"
 ) -> Float[Array, "N S S"]:
     """Computes a I + b x + c x x of symmetric matrices, rounded once. Arguments and errors as for `gram`."""
+    check_arrays("quadratic", {"x": (x, "N S S")})
     return call("quadratic", IMPLEMENTATIONS["quadratic"], implementation, x, a=a, b=b, c=c)
 
 
 def apply(q: Float[Array, "N S S"], x: Float[Array, "N R C"], *, implementation: str = "auto") -> Float[Array, "N R C"]:
     """Computes q x of wide or square matrices, x q of tall ones. Arguments and errors as for `gram`."""
+    check_arrays("apply", {"x": (x, "N R C"), "q": (q, "N S S")}, S=min(x.shape[-2:]))
+    check_one_dtype("apply", q=q, x=x)
     return call("apply", IMPLEMENTATIONS["apply"], implementation, q, x)

@@ -4,6 +4,7 @@ import math
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.partition import Axes
 from pallas_kernels.top_k import mosaic_gpu, reference
@@ -29,7 +30,11 @@ def top_k(values: Float[Array, "B T E"], k: int, *, implementation: str = "auto"
       implementation: "auto" or a key of `IMPLEMENTATIONS`; up to `FEW_ROWS` rows, of `FEW_IMPLEMENTATIONS`.
 
     Raises:
+      ValueError: an argument has the wrong shape or dtype, or k is not from 1 to E.
       NotImplementedError: the implementation refuses these arguments; the message says why.
     """
+    E = check_arrays("top_k", {"values": (values, "B T E")})["E"]
+    if not 1 <= k <= E:
+        raise ValueError(f"top_k: {k=} must be from 1 to {E=}")
     implementations = IMPLEMENTATIONS if math.prod(values.shape[:-1]) > FEW_ROWS else FEW_IMPLEMENTATIONS
     return call("top_k", implementations, implementation, values, k=k, axes=AXES)

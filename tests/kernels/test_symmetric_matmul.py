@@ -115,6 +115,16 @@ def test_the_kernel_can_be_traced(name):
     assert jax.eval_shape(run, *arguments) == (x if name == "apply" else r)
 
 
+def test_wrong_arguments_are_named():
+    x = jnp.zeros((2, 4, 8))
+    with pytest.raises(ValueError, match=r"apply: q has shape \(1, 4, 4\), must be \(2, 4, 4\)"):
+        api.apply(jnp.zeros((1, 4, 4)), x)
+    with pytest.raises(ValueError, match=r"quadratic: x has shape \(2, 4, 8\), must be \(2, 4, 4\)"):
+        api.quadratic(x, a=1.0, b=1.0, c=1.0)
+    with pytest.raises(ValueError, match="multiply: x is float32, y is bfloat16: must be of one dtype"):
+        api.multiply(x[:, :, :4], x[:, :, :4].astype(jnp.bfloat16))
+
+
 def test_what_the_kernel_refuses():
     x = jnp.zeros((2, 100, 128), jnp.float16)
     assert "multiples of 64, at least 128, got 100 x 128" in mosaic_gpu.unserved(x)

@@ -42,6 +42,13 @@ def test_the_interpreted_kernel_equals_a_sort(monkeypatch):
     np.testing.assert_array_equal(got, _sorted_places(values, 8))
 
 
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="values is int32, must be floating"):
+        top_k(jnp.zeros((1, 2, 8), jnp.int32), 2)
+    with pytest.raises(ValueError, match="k=9 must be from 1 to E=8"):
+        top_k(jnp.zeros((1, 2, 8)), 9)
+
+
 def test_refusals_name_the_reason():
     values = _values(16, 64, 1)
     assert mosaic_gpu.unserved(values, k=8) is None
