@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_jax.data.json_files import read_json
 from kimi_jax.data.tokenizers import Tokenizer, import_extra, with_siblings
 from kimi_jax.errors import UserError
 
@@ -79,13 +80,7 @@ class HfTokenizer(Tokenizer):
 
 def _read_settings(path: Path) -> dict[str, str]:
     """Reads which tokens a tokenizer_config.json names; null is no name."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: is {type(settings).__name__} at top level, must be an object")
-    stated = {}
+    settings, stated = read_json(path), {}
     for field in ("eos_token", "pad_token"):
         name = settings.get(field)
         name = name.get("content") if isinstance(name, dict) else name

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from kimi_jax.config.model import ModelConfig
+from kimi_jax.data.json_files import write_json
 from kimi_jax.data.records import new_folder
 from kimi_jax.errors import UserError
-from kimi_jax.interop.files import CONFIG, GENERATION_CONFIG, INDEX, SINGLE, write_json
+from kimi_jax.interop.files import CONFIG, GENERATION_CONFIG, INDEX, SINGLE
 from kimi_jax.interop.hf_config import to_public
 from kimi_jax.interop.hf_import import Dtype
 from kimi_jax.interop.keymap import Path_, PublicTensor, flatten, public_tensors

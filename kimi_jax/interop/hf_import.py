@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from kimi_jax.config.model import ModelConfig
+from kimi_jax.data.json_files import read_json
 from kimi_jax.errors import UserError
-from kimi_jax.interop.files import CONFIG, INDEX, SINGLE, read_json
+from kimi_jax.interop.files import CONFIG, INDEX, SINGLE
 from kimi_jax.interop.hf_config import from_public
 from kimi_jax.interop.keymap import Path_, PublicTensor, flatten, public_tensors, unflatten
 from kimi_jax.interop.public_config import PublicConfig, read_public

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from kimi_jax.data.json_files import parse_object
 from kimi_jax.errors import UserError
-from kimi_jax.interop.files import parse_object
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 NUMPY_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from kimi_jax.config.model import ModelConfig
+from kimi_jax.data.json_files import read_json
 from kimi_jax.data.pipeline import open_tokenizer
 from kimi_jax.data.tokenizers import Tokenizer
 from kimi_jax.errors import UserError
-from kimi_jax.interop.files import CONFIG, GENERATION_CONFIG, read_json
+from kimi_jax.interop.files import CONFIG, GENERATION_CONFIG
 from kimi_jax.interop.hf_config import from_public
 from kimi_jax.interop.hf_import import MemoryDtype, open_checkpoint
 from kimi_jax.interop.public_config import PublicConfig, read_public

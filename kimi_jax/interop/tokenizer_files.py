@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from kimi_jax.data.json_files import read_json, write_json
 from kimi_jax.data.tokenizers import BYTES, ByteTokenizer, Tokenizer, load_tokenizer
-from kimi_jax.interop.files import RANKS, TOKENIZER, TOKENIZER_CONFIG, read_json, write_json
+from kimi_jax.interop.files import RANKS, TOKENIZER, TOKENIZER_CONFIG
 
 BYTE_SPECIALS = {"<eos>": ByteTokenizer.eos_id, "<pad>": ByteTokenizer.pad_id}
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kimi_jax.config.model import ModelConfig
+from kimi_jax.data.json_files import read_json
 from kimi_jax.errors import UserError
-from kimi_jax.interop.files import CONFIG, read_json
+from kimi_jax.interop.files import CONFIG
 from kimi_jax.interop.hf_config import from_public, to_public
 from kimi_jax.interop.hf_import import find_tensors, summarize
 from kimi_jax.interop.keymap import flatten, public_tensors

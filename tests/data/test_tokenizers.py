@@ -264,9 +264,9 @@ def test_damaged_tokenizer_json(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
-        ("[]", "is list at top level, must be an object"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON: nested too deeply"),
+        ("[]", "is not JSON: it is a list at top level, must be an object"),
         ('{"eos_token": ["</s>"]}', r"eos_token: got \['</s>'\], must be the name of a token"),
         ('{"pad_token": {"content": 3}}', "pad_token: got 3, must be the name of a token"),
         ('{"eos_token": "<other>"}', r"no end token.*\(the vocabulary has none of <other>\)"),

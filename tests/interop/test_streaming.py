@@ -13,7 +13,8 @@ from lively_models import KDA, MLA
 from released import CONFIG
 
 from kimi_jax.config.model import ModelConfig
-from kimi_jax.interop.files import INDEX, write_json
+from kimi_jax.data.json_files import write_json
+from kimi_jax.interop.files import INDEX
 from kimi_jax.interop.hf_config import from_public, to_public
 from kimi_jax.interop.hf_export import plan_shards, shard_name, tensor_spec
 from kimi_jax.interop.hf_import import open_checkpoint
