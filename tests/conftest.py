@@ -1,6 +1,9 @@
 """Settings every test runs under: exact matrix products, no silent rank promotion, equal programs compiled once."""
 
+import contextlib
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -35,6 +38,19 @@ def compile_cache(tmp_path_factory) -> str:
     for name, value in former.items():
         jax.config.update(name, value)
         del os.environ[name.upper()]
+
+
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
+    """`subprocess.Popen` for processes that do not outlive their test, however it ends."""
+    with contextlib.ExitStack() as processes:
+
+        def start(command: list[str], **options) -> subprocess.Popen:
+            process = processes.enter_context(subprocess.Popen(command, **options))
+            processes.callback(process.kill)  # comes before it is waited for
+            return process
+
+        yield start
 
 
 @pytest.fixture(scope="module")

@@ -101,9 +101,10 @@ class Local:
         if not waiting or len(running) >= self.at_once or waiting[0][0] > time.monotonic():
             return False
         _, run = waiting.popleft()
+        held = _is_held(run, self.runs_dir)  # asked first: who lets go now has left its last checkpoint
         if run.is_finished(self.runs_dir):
             note(Outcome(run, "finished before"))
-        elif _is_held(run, self.runs_dir):
+        elif held:
             waiting.append((time.monotonic() + BUSY_S, run))
         else:
             running.append(self._start(run, self._free_device(running)))

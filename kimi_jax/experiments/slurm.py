@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from kimi_jax.errors import UserError
 from kimi_jax.experiments.launch import Outcome, Report, State, Unit
@@ -31,28 +31,44 @@ class Training:
 
     def __init__(self, command: Sequence[str]):
         self.command = tuple(command)
+        self._waiter = threading.Thread(target=self._train)  # a wait that a signal handler may join, too
+        self._starting = threading.Lock()
+        self._process: subprocess.Popen | None = None
+        self._leaves = False
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Sequence[str]]]:
+        return type(self), (self.command,)  # a lock and a thread are of one process
 
     def __call__(self) -> int:
-        # Slurm sends the signal that is meant for submitit to all processes of the job.
-        self._process = subprocess.Popen(self.command, preexec_fn=_ignore_submitits_signal)
-        self._waiter = threading.Thread(target=self._process.wait)  # a wait that a signal handler may join, too
         self._waiter.start()
         self._waiter.join()
         if code := self._process.returncode:
             sys.exit(code if code > 0 else 128 - code)
         return 0
 
+    def _train(self) -> None:
+        # Slurm sends the signal that is meant for submitit to all processes of the job. What is blocked in this thread
+        # is blocked in the process that it starts.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+        with self._starting:
+            if self._leaves:
+                return
+            self._process = subprocess.Popen(self.command)
+        self._process.wait()
+
     def checkpoint(self) -> Any:
-        """Called by submitit's signal handler: lets the process write a checkpoint, then asks for the same again."""
+        """Called by submitit's signal handler: lets the process write a checkpoint, then asks for the same again.
+
+        The signal may come at any moment, before the process is started, too.
+        """
         import submitit
 
-        self._process.terminate()
-        self._waiter.join()
+        with self._starting:
+            self._leaves = True
+        if self._process:
+            self._process.terminate()
+            self._waiter.join()
         return submitit.helpers.DelayedSubmission(type(self)(self.command))
-
-
-def _ignore_submitits_signal() -> None:
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def submit(

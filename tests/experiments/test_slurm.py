@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,16 +22,62 @@ from kimi_jax.train.signals import StopRequest
 
 # Behaves as scripts/train.py: SIGTERM lets it save and end with 143; the next start goes on.
 STAND_IN = """
-import pathlib, signal, sys, time
+import pathlib, signal, sys
 log = pathlib.Path(sys.argv[1])
+def note(text):
+    with log.open("a") as file: file.write(text)
 resumed = log.exists()
-def save(*_):
-    with log.open("a") as file: file.write("saved\\n")
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+note("goes on\\n" if resumed else "starts\\n")
+if not resumed:
+    signal.sigwait([signal.SIGTERM])
+    note("saved\\n")
     sys.exit(143)
-signal.signal(signal.SIGTERM, save)
-with log.open("a") as file: file.write("goes on\\n" if resumed else "starts\\n")
-if not resumed: time.sleep(60)
 """
+# Is told to go while its command is being started.
+TOLD_EARLY = """
+import os, signal, subprocess, sys
+from kimi_jax.experiments.slurm import Training
+def told(*_):
+    again = training.checkpoint()
+    sys.exit(9 if again.function.command == training.command else 1)
+class Popen(subprocess.Popen):
+    def __init__(self, command):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        super().__init__(command)
+subprocess.Popen = Popen
+signal.signal(signal.SIGUSR2, told)
+training = Training(["sleep", "600"])
+training()
+"""
+LIMIT_S = 300
+
+
+@pytest.fixture
+def submit_here(tmp_path):
+    """Runs a command as a job of submitit's local executor; no process of it outlives the test, however that ends."""
+    jobs = []
+
+    def submit_one(command: list[str]):
+        jobs.extend(submit([command], tmp_path / "jobs", Resources(5), name="run", cluster="local"))
+        return jobs[-1]
+
+    yield submit_one
+    for job in jobs:
+        if job._process.poll() is None:
+            for process in family(job._process.pid):
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process, signal.SIGKILL)
+            job._process.wait()
+
+
+def family(process: int) -> list[int]:
+    """A process, its children and theirs, as long as they are there."""
+    children = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            children += map(int, (thread / "children").read_text().split())
+    return [process, *(relative for child in children for relative in family(child))]
 
 
 def parse(*arguments: str) -> Resources:
@@ -58,38 +105,35 @@ def test_arguments_say_what_a_job_asks_for(capsys):
         assert ended.value.code == 2 and "must be" in capsys.readouterr().err
 
 
-def test_a_job_that_must_go_saves_and_comes_back(tmp_path):
+def test_a_job_that_must_go_saves_and_comes_back(tmp_path, submit_here):
     script, log = tmp_path / "train.py", tmp_path / "log"
     script.write_text(STAND_IN)
-    (job,) = submit(
-        [[sys.executable, str(script), str(log)]], tmp_path / "jobs", Resources(5), name="run", cluster="local"
-    )
-    deadline = time.monotonic() + 60
-    while not log.exists():
-        assert time.monotonic() < deadline, job.stderr()
+    job = submit_here([sys.executable, str(script), str(log)])
+    deadline = time.monotonic() + LIMIT_S
+    while not log.exists() or "starts\n" not in log.read_text():
+        assert job._process.poll() is None and time.monotonic() < deadline, job.stderr()
         time.sleep(0.05)
-    (task,) = children(int(job.job_id))
-    for process in (task, *children(task)):  # Slurm signals all processes of a job
+    controller, task, *training = family(job._process.pid)
+    assert len(training) == 1, f"{training} under the task {task} of {controller}: {job.stderr()}"
+    for process in (*training, task):  # Slurm signals all processes of a job; the task's would end the training
         os.kill(process, signal.SIGUSR2)
     assert job.result() == 0
-    job._process.wait()
     assert log.read_text().splitlines() == ["starts", "saved", "goes on"]
 
 
-def children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+def test_a_job_that_must_go_while_it_starts_stops_what_it_has_started():
+    assert subprocess.run([sys.executable, "-c", TOLD_EARLY], check=False, timeout=LIMIT_S).returncode == 9
 
 
 @pytest.mark.slow
-def test_a_failing_command_fails_the_job(tmp_path):
+def test_a_failing_command_fails_the_job(submit_here):
     from submitit.core.utils import UncompletedJobError
 
     command = [sys.executable, "-c", "import sys; sys.exit('error: no data')"]
-    (job,) = submit([command], tmp_path / "jobs", Resources(5), name="run", cluster="local")
+    job = submit_here(command)
     job._results_timeout_s = 1
     with pytest.raises(UncompletedJobError, match="error: no data"):
         job.result()
-    job._process.wait()
 
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):

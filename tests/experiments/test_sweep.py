@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,10 @@ ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "experiments" / "sizes" / "debug.yaml"
 
 # Takes the arguments of scripts/train.py. Behaves as it does towards a launcher: holds its directory, goes on from
-# what is there, leaves the last checkpoint at the end, and notes each end in a file beside the runs.
+# what is there, leaves the last checkpoint at the end, and notes each end in a file beside the runs. A SIGTERM, which
+# it gets when its launcher is killed, falls before both or after both: else an end would be noted and come again.
 STAND_IN = """
-import fcntl, pathlib, sys, time, yaml
+import fcntl, pathlib, signal, sys, time, yaml
 config, _, run_dir = sys.argv[1:]
 steps = yaml.safe_load(open(config))["train"]["steps"]
 run_dir = pathlib.Path(run_dir)
@@ -47,8 +49,10 @@ except OSError:
 if "mla" in run_dir.name and not (run_dir.parent / "mended").exists():
     sys.exit("starting\\nerror: the data is away\\nmore")
 if (run_dir / "checkpoints" / str(steps)).is_dir():
+    (run_dir.parent / "again").touch()
     sys.exit()  # finished, nothing to do
 time.sleep(0.05)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 with open(run_dir.parent / "ends", "a") as ends:
     ends.write(run_dir.name + "\\n")
 (run_dir / "checkpoints" / str(steps)).mkdir(parents=True)
@@ -222,6 +226,19 @@ def test_a_run_that_another_launcher_looked_at_is_tried_again(tmp_path, stand_in
     assert IN_USE in (tmp_path / "runs" / "sweep" / f"{run.name}.log").read_text(), "output of earlier starts stays"
 
 
+def test_a_run_that_ends_while_it_is_looked_at_is_not_started_again(tmp_path, monkeypatch):
+    """As one does that a killed launcher has left behind: its directory is free once its last checkpoint is there."""
+    (run,) = load_sweep(write(tmp_path, runs={"a": {}}))
+
+    def ends(run, runs_dir):
+        (run.directory(runs_dir).checkpoints / str(run.config.train.steps)).mkdir(parents=True)
+        return False
+
+    monkeypatch.setattr(launch, "_is_held", ends)
+    (outcome,) = Local(tmp_path / "runs", ("never",)).launch([run], StopRequest(), lambda o: None)
+    assert outcome.state == "finished before"
+
+
 def test_each_process_gets_one_gpu(tmp_path):
     runs = load_sweep(write(tmp_path, grid={"train.seed": list(range(4))}))
     show = (sys.executable, "-c", "import os, sys; print('error:', os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(1)")
@@ -284,7 +301,19 @@ def test_groups_are_runs_that_differ_in_nothing_else(tmp_path, stand_in):
 KILLED = 3
 
 
-def test_killed_launchers_lose_nothing_and_repeat_nothing(tmp_path, stand_in):
+def launch_and_kill(start_process, command: list[str], num_runs: int, num_finished: Callable[[], int]) -> None:
+    """Starts a launcher, kills it with its processes in all states, and so on; lets the last one come to the end."""
+    for kill in range(KILLED):
+        process = start_process(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while num_finished() < num_runs * (kill + 1) // (KILLED + 2):
+            assert process.poll() is None, f"launcher {kill} ended with {process.returncode} before it was killed"
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start_process(command, cwd=ROOT, stdout=subprocess.DEVNULL).wait() == 0
+
+
+def test_killed_launchers_lose_nothing_and_repeat_nothing(tmp_path, stand_in, start_process):
     """200 members, the launcher killed three times with its processes left behind, then run to the end."""
     path = write(tmp_path, grid={"train.seed": list(range(100)), "optim.peak_lr": [1e-3, 2e-3]})
     code = (
@@ -297,16 +326,10 @@ def test_killed_launchers_lose_nothing_and_repeat_nothing(tmp_path, stand_in):
         "launcher.launch(runs, StopRequest(), lambda outcome: None)\n"
     )
     ends = tmp_path / "runs" / "ends"
-    for kill in range(KILLED + 1):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-        enough = 200 * (kill + 1) // (KILLED + 2)
-        while kill < KILLED and (not ends.exists() or len(ends.read_text().split()) < enough):
-            assert process.poll() is None
-            time.sleep(0.02)
-        if kill < KILLED:
-            process.kill()
-        assert process.wait() == (-signal.SIGKILL if kill < KILLED else 0)
-    assert collections.Counter(ends.read_text().split()) == {run.name: 1 for run in load_sweep(path)}
+    ended = lambda: ends.read_text().split() if ends.exists() else []
+    launch_and_kill(start_process, [sys.executable, "-c", code], 200, lambda: len(ended()))
+    assert collections.Counter(ended()) == {run.name: 1 for run in load_sweep(path)}
+    assert not (tmp_path / "runs" / "again").exists(), "a finished run was started"
 
 
 @pytest.mark.slow
@@ -326,22 +349,13 @@ NUM_REAL = int(os.environ.get("KIMI_JAX_SWEEP_RUNS", "40"))
 
 
 @pytest.mark.slow
-def test_real_runs_of_a_killed_launcher_finish_once(tmp_path):
+def test_real_runs_of_a_killed_launcher_finish_once(tmp_path, start_process):
     """The command itself: killed three times with its processes in all states, then run to the end."""
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_run(steps=2)))
     path = write(tmp_path, seeds=list(range(NUM_REAL)), base="tiny.yaml")
     runs, runs_dir = load_sweep(path), tmp_path / "runs"
     command = [sys.executable, "scripts/sweep.py", str(path), "--runs-dir", str(runs_dir), "--at-once", "2"]
-    finished = lambda: sum(run.is_finished(runs_dir) for run in runs)
-    for kill in range(KILLED + 1):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        enough = NUM_REAL * (kill + 1) // (KILLED + 2)
-        while kill < KILLED and finished() < enough:
-            assert process.poll() is None
-            time.sleep(0.1)
-        if kill < KILLED:
-            process.kill()
-        assert process.wait() == (-signal.SIGKILL if kill < KILLED else 0)
+    launch_and_kill(start_process, command, NUM_REAL, lambda: sum(run.is_finished(runs_dir) for run in runs))
     for run in runs:
         directory = run.directory(runs_dir)
         assert directory.log.read_text().count("finished 2 steps") == 1, run.name
