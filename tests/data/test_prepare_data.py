@@ -71,17 +71,17 @@ def test_script_fails_with_one_line_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-def test_a_terminated_script_leaves_nothing(tmp_path):
+def test_a_terminated_script_leaves_nothing(tmp_path, start_process):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "large.txt").write_text("line of text\n" * 10_000_000)
     command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), str(tmp_path / "in"), "--tokenizer", "bytes"]
     command += ["--seq-len", "8", "--output", str(tmp_path / "out")]
-    with subprocess.Popen(command, env={"PYTHONPATH": str(ROOT)}) as process:
-        while not any(path.name.endswith(".partial") for path in tmp_path.iterdir()):
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.terminate()
-    assert process.returncode == 143
+    process = start_process(command, env={"PYTHONPATH": str(ROOT)})
+    while not any(path.name.endswith(".partial") for path in tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait() == 143
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -210,7 +210,7 @@ def test_a_cache_that_cannot_be_written(small_stdlib, tmp_path, monkeypatch):
         prepare_stdlib(StdlibData(seq_len=32))
 
 
-def test_two_processes_prepare_the_real_library_at_once(tmp_path):
+def test_two_processes_prepare_the_real_library_at_once(tmp_path, start_process):
     code = (
         "from kimi_jax.config.data import StdlibData; from kimi_jax.data import prepare, records;"
         "folder = prepare.prepare_stdlib(StdlibData(seq_len=2048));"
@@ -220,7 +220,7 @@ def test_two_processes_prepare_the_real_library_at_once(tmp_path):
     )
     env = {"KIMI_JAX_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT) for _ in range(2)]
+    running = [start_process(command, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT) for _ in range(2)]
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     assert outputs[0] == outputs[1]

@@ -27,6 +27,7 @@ from kimi_jax.train.metrics import read_metrics
 
 LIMIT_S = 300
 HEARTBEAT_S = 10
+SPARE_S = 60  # on a machine that does other work
 LOSS_TOLERANCE = 1e-6  # relative; measured 2e-7
 
 SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_ID": "1"}
@@ -244,7 +245,7 @@ def test_a_killed_process_ends_the_others_with_one_line_each(tmp_path):
         run.processes[1].kill()
         start = time.monotonic()
         ended = run.wait()
-    assert time.monotonic() - start < 2 * HEARTBEAT_S + 10
+    assert time.monotonic() - start < 2 * HEARTBEAT_S + SPARE_S
     for number in (0, 2):
         line = f"error: process {number} of 3: process 1 is gone: no sign of life for {HEARTBEAT_S} s"
         assert ended[number][0] == 1 and ended[number][2] == [line]
@@ -262,18 +263,16 @@ with joined(find_place(f"127.0.0.1:{port}", 2, int(number)), heartbeat_s=5):
 
 
 @pytest.mark.slow
-def test_one_that_waits_for_the_end_sees_that_another_is_killed():
+def test_one_that_waits_for_the_end_sees_that_another_is_killed(start_process):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     commands = [[sys.executable, "-c", WAITS, number, port] for number in "01"]
-    first, second = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands)
-    try:
-        assert "error: process 0 of 2: process 1 is gone: no sign of life for 5 s" in first.communicate(timeout=60)[1]
-        assert first.returncode == 1
-    finally:
-        first.kill()
-        second.communicate()
+    first, second = (start_process(command, stderr=subprocess.PIPE, text=True) for command in commands)
+    said = first.communicate(timeout=LIMIT_S)[1]
+    assert "error: process 0 of 2: process 1 is gone: no sign of life for 5 s" in said
+    assert first.returncode == 1
+    assert second.wait(LIMIT_S) == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -283,7 +282,7 @@ def test_the_others_end_when_process_0_is_killed(tmp_path):
         run.processes[0].kill()
         start = time.monotonic()
         ended = run.wait()
-    assert time.monotonic() - start < 30 and ended[1][0] != 0, "jaxlib ends them"
+    assert time.monotonic() - start < 2 * HEARTBEAT_S + SPARE_S and ended[1][0] != 0, "jaxlib ends them"
 
 
 @pytest.mark.slow

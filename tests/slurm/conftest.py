@@ -1,5 +1,6 @@
 """A Slurm of this machine alone: slurmctld and slurmd of Debian, on loopback, for the length of a session."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-START_S = 60
+START_S = 180
 ENDED = ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 CONF = """
 ClusterName=loopback
@@ -54,18 +55,14 @@ def slurm(tmp_path_factory):
     conf.write_text(CONF.format(host=host, controller=controller, daemon=daemon, folder=folder, user=user))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(conf))
-        daemons = []
-        try:
+        with contextlib.ExitStack() as daemons:
             for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", host]):
                 with (folder / f"{command[0]}.out").open("w") as output:
-                    daemons.append(subprocess.Popen(command, stdout=output, stderr=output))
+                    daemon = daemons.enter_context(subprocess.Popen(command, stdout=output, stderr=output))
+                    daemons.callback(_end, daemon)
+            daemons.callback(subprocess.run, ["scancel", "--user", user], check=False, timeout=60)
             _wait_until_idle(folder)
             yield Slurm(folder)
-        finally:
-            subprocess.run(["scancel", "--user", user], check=False, timeout=30)
-            for process in reversed(daemons):
-                process.terminate()
-                process.wait(30)
 
 
 class Slurm:
@@ -95,8 +92,20 @@ class Slurm:
     def start_again_now(self, job: str) -> None:
         """A job that was put back into the queue would wait for two minutes."""
         self.wait(job, "PENDING")
-        time.sleep(3)  # Slurm starts no job in the second in which it was put back
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        deadline = time.monotonic() + START_S
+        while self.state(job) == "PENDING":  # Slurm starts no job in the second in which it was put back
+            assert time.monotonic() < deadline, f"job {job} does not start in {START_S} s"
+            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False, timeout=60)
+            time.sleep(1)
+
+
+def _end(daemon: subprocess.Popen) -> None:
+    """Asks it to go, and sees to it."""
+    daemon.terminate()
+    try:
+        daemon.wait(60)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -12,12 +12,12 @@ from kimi_jax.config.load import dump
 from kimi_jax.train.metrics import read_metrics
 from kimi_jax.train.run_dir import RunDir
 
-KILL_AFTER = (3, 11, 18)  # step at which each of the first processes dies, somewhere between two lines
+KILL_AFTER = (3, 9, 15)  # step at which each of the first processes dies, somewhere between two lines
 LIMIT_S = 600
 
 
 @pytest.fixture
-def start(hybrid, changed, tmp_path):
+def start(hybrid, changed, tmp_path, start_process):
     """Starts a process that trains 24 steps with a checkpoint after every step and without a compilation cache."""
     cfg = changed(hybrid, train={"steps": 24, "checkpoints": {"every": 1, "keep": 2}}, logging={"tensorboard": False})
     (tmp_path / "config.yaml").write_text(dump(cfg))
@@ -25,19 +25,18 @@ def start(hybrid, changed, tmp_path):
 
     def run(run_dir: RunDir) -> subprocess.Popen:
         command = [sys.executable, "scripts/train.py", f"{tmp_path}/config.yaml", "--run-dir", str(run_dir.path)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        return start_process(command, env=environment, stdout=subprocess.DEVNULL)
 
     return run
 
 
 def _kill_after(process: subprocess.Popen, run_dir: RunDir, step: int) -> None:
     deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        records = read_metrics(run_dir.metrics)
-        if records and records[-1]["step"] >= step:
-            process.send_signal(signal.SIGKILL)
+    while not (records := read_metrics(run_dir.metrics)) or records[-1]["step"] < step:
+        assert process.poll() is None and time.monotonic() < deadline, f"no step {step} in {LIMIT_S} s"
         time.sleep(0.001)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, f"it came to its end before it was killed after step {step}"
 
 
 @pytest.mark.slow
