@@ -13,6 +13,7 @@ with plain_interrupts():  # these take seconds
     from kimi_jax.generate.evaluate import RESULTS, Evaluation, evaluate
     from kimi_jax.generate.score import BATCH_SIZE
     from kimi_jax.train.programs import keep_programs
+    from kimi_jax.train.xla_flags import take_memory
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,6 +50,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    take_memory()
     keep_programs()
     print_evaluation(evaluate(**vars(arguments)))
 

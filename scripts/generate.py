@@ -2,19 +2,19 @@
 
 import argparse
 import functools
-import json
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from kimi_jax.errors import UserError, exit_on_user_error, plain_interrupts
+from kimi_jax.errors import exit_on_user_error, plain_interrupts
 
 with plain_interrupts():  # these take seconds
     from kimi_jax.data.chat import encode_chat
+    from kimi_jax.data.json_files import read_json_list
     from kimi_jax.generate.api import Generator, Prompt, Settings, load_generator
     from kimi_jax.train.programs import keep_programs
+    from kimi_jax.train.xla_flags import take_memory
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,19 +40,8 @@ def parse_arguments() -> argparse.Namespace:
 def chat_prompt(generator: Generator, arguments: argparse.Namespace, text: str) -> Prompt:
     """Lays out one user's turn, after the tools and the system's words."""
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    tools = read_tools(arguments.tools) if arguments.tools else ()
+    tools = read_json_list(arguments.tools) if arguments.tools else ()
     return encode_chat(generator.tokenizer, [*system, {"role": "user", "content": text}], tools)
-
-
-def read_tools(path: Path) -> list[dict[str, Any]]:
-    """Reads a JSON list."""
-    try:
-        tools = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(tools, list):
-        raise UserError(f"{path}: is {type(tools).__name__} at top level, must be a list")
-    return tools
 
 
 def report(message: str) -> None:
@@ -92,6 +81,7 @@ def main() -> None:
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
+    take_memory()
     keep_programs()
     generator = load_generator(arguments.checkpoint, step=arguments.step)
     encode = functools.partial(chat_prompt, generator, arguments) if arguments.chat else generator.encode

@@ -11,6 +11,7 @@ with plain_interrupts():  # these take seconds
     from kimi_jax.generate.score import BATCH_SIZE
     from kimi_jax.generate.score_files import score_files
     from kimi_jax.train.programs import keep_programs
+    from kimi_jax.train.xla_flags import take_memory
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    take_memory()
     keep_programs()
     start = time.perf_counter()
     num_documents, num_tokens = score_files(**vars(arguments))

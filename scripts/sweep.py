@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--at-once", type=positive, metavar="N", help="at a time (default: one per GPU, else 1; with slurm no limit)"
     )
-    parser.add_argument("--only", metavar="TEXT", help="only runs whose name contains TEXT, with their groups")
+    parser.add_argument("--only", metavar="TEXT", help="only runs with TEXT in their names, and their groups")
     resources.add_arguments(parser)
     return parser.parse_args()
 
@@ -48,10 +48,10 @@ def main() -> int:
 
     runs_dir = arguments.runs_dir or Path("runs") / arguments.sweep.resolve().parent.name / arguments.sweep.stem
     units = group_runs(arguments.sweep, load_sweep(arguments.sweep))
-    units = [unit for unit in units if not arguments.only or any(arguments.only in run.name for run in unit.runs)]
+    units = [unit for unit in units if not arguments.only or any(run.is_meant(arguments.only) for run in unit.runs)]
     runs = [run for unit in units for run in unit.runs]
     if not runs:
-        raise UserError(f"--only={arguments.only!r}: no run of {arguments.sweep} has it in its name")
+        raise UserError(f"--only={arguments.only!r}: no run of {arguments.sweep} has it in its name (digits aside)")
     asked = resources.from_arguments(arguments)
     if arguments.launcher == "slurm" and len(units) < len(runs) and (asked.nodes, asked.tasks) != (1, 1):
         each = f"{asked.tasks} processes on each of {asked.nodes} nodes"

@@ -62,9 +62,11 @@ def find_files(inputs: Sequence[str | Path]) -> list[InputFile]:
     """Lists input files in a fixed order: inputs as given, files below a folder by name, without hidden ones.
 
     Raises:
-      UserError: an input does not exist, holds no file, or is compressed.
+      UserError: an input is empty, does not exist, holds no file, or is compressed.
     """
     files = []
+    if "" in inputs:
+        raise UserError("input '': is empty, must name a file or a folder")
     for given in map(Path, inputs):
         if given.is_file():
             found = [InputFile(given, given.name)]

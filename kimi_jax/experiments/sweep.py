@@ -38,6 +38,10 @@ class Run:
     def runs(self) -> tuple["Run"]:
         return (self,)
 
+    def is_meant(self, text: str) -> bool:
+        """Whether `text` is its name, or is in what stands there before the digits."""
+        return text == self.name or text in self.name.rpartition("-")[0]
+
     def directory(self, runs_dir: Path) -> RunDir:
         return RunDir(runs_dir / self.name)
 

@@ -12,7 +12,7 @@ from kimi_jax.config.model import ModelConfig
 from kimi_jax.data.tokenizers import Tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.generate.score import BATCH_SIZE
-from kimi_jax.interop.saved_model import load_model
+from kimi_jax.interop.saved_model import find_model
 from kimi_jax.train.run_dir import write_whole
 
 if TYPE_CHECKING:  # the extra `eval`
@@ -75,8 +75,9 @@ def evaluate(
         raise UserError(f"num_fewshot={num_fewshot}: must be at least 0")
     if output is not None:
         _make_folder(output)  # first: hours later would be late for what the disk refuses
-    known, names = find_tasks(tasks, include)
-    model = load_model(checkpoint, step=step, dtype="stored")
+    load = find_model(checkpoint, step=step, dtype="stored")
+    known, names = find_tasks(tasks, include)  # the harness reads all of its task files, for seconds
+    model = load()
     if dtype is not None:
         model = dataclasses.replace(model, cfg=model.cfg.model_copy(update={"dtype": dtype}))
     if model.tokenizer is None:

@@ -1,6 +1,7 @@
 """What a checkpoint argument may be: a run, an imported or a public checkpoint; all read into the same thing."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,27 @@ class SavedModel:
     generation: Mapping[str, Any] = field(default_factory=dict)
 
 
+def find_model(
+    path: str | Path, *, step: int | None = None, dtype: MemoryDtype = "float32"
+) -> Callable[[], SavedModel]:
+    """Looks what kind of checkpoint there is; what reads it takes no arguments. Arguments as in `load_model`.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(path)
+    if RunDir(path).config.is_file():
+        return functools.partial(load_run, path, step)
+    if (path / PUBLIC / CONFIG).is_file():
+        return functools.partial(load_imported, path, step)
+    if not (path / CONFIG).is_file():
+        kind = "is no directory" if not path.is_dir() else f"has neither config.yaml (a run) nor {CONFIG}"
+        raise UserError(f"checkpoint {path}: {kind}")
+    if step is not None:
+        raise UserError(f"checkpoint {path}: has no steps to choose from; step={step} needs a run directory")
+    return functools.partial(load_public, path, dtype=dtype)
+
+
 def load_model(path: str | Path, *, step: int | None = None, dtype: MemoryDtype = "float32") -> SavedModel:
     """Reads a run directory, an imported directory or a public checkpoint.
 
@@ -59,17 +81,7 @@ def load_model(path: str | Path, *, step: int | None = None, dtype: MemoryDtype 
     Raises:
       UserError: none of these, or one that is incomplete or damaged.
     """
-    path = Path(path)
-    if RunDir(path).config.is_file():
-        return load_run(path, step)
-    if (path / PUBLIC / CONFIG).is_file():
-        return load_imported(path, step)
-    if not (path / CONFIG).is_file():
-        kind = "is no directory" if not path.is_dir() else f"has neither config.yaml (a run) nor {CONFIG}"
-        raise UserError(f"checkpoint {path}: {kind}")
-    if step is not None:
-        raise UserError(f"checkpoint {path}: has no steps to choose from; step={step} needs a run directory")
-    return load_public(path, dtype=dtype)
+    return find_model(path, step=step, dtype=dtype)()
 
 
 def load_run(path: Path, step: int | None = None) -> SavedModel:

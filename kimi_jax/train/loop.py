@@ -347,7 +347,7 @@ def _announce(
 
 def _already_finished(recipe: Recipe, paths: RunDir, step: int) -> Result:
     if is_main():
-        print(f"{paths.path}: finished, {step} of {recipe.cfg.train.steps} steps; nothing to do")
+        print(f"{paths.path}: finished, {step} steps taken, train.steps={recipe.cfg.train.steps}; nothing to do")
     return Result(
         run_dir=paths,
         step=step,

@@ -54,10 +54,15 @@ def apply(flags: Flags, environment: MutableMapping[str, str] = os.environ) -> N
     _add(DEFAULTS | PRESETS[flags.preset] | flags.xla, environment)
     for name, value in flags.nccl.items():
         environment.setdefault(name, value)
-    if not any(name in environment for name in MEMORY):
-        environment[MEMORY[0]] = str(MEMORY_FRACTION)
+    take_memory(environment)
     check_xla(environment["XLA_FLAGS"])
     check_nccl(list(flags.nccl), find_nccl())  # not the environment's: images set NCCL_VERSION, which NCCL never reads
+
+
+def take_memory(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Says how much of a GPU's memory XLA takes, unless that is said there; it counts until jax starts its backend."""
+    if not any(name in environment for name in MEMORY):
+        environment[MEMORY[0]] = str(MEMORY_FRACTION)
 
 
 def _add(settings: Mapping[str, str], environment: MutableMapping[str, str]) -> None:

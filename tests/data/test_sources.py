@@ -115,6 +115,8 @@ def test_damaged_parquet(tmp_path, texts):
 def test_missing_and_empty_inputs(tmp_path):
     with pytest.raises(UserError, match="absent: no such file or folder"):
         find_files([tmp_path / "absent"])
+    with pytest.raises(UserError, match=r"^input '': is empty, must name a file or a folder$"):
+        find_files([tmp_path, ""])
     with pytest.raises(UserError, match="the folder holds no file"):
         find_files([tmp_path])
 

@@ -70,6 +70,13 @@ def test_a_long_name_leaves_room_for_what_checkpoints_append(tmp_path):
     assert len(run.name) == 120 + 1 + 8
 
 
+def test_a_text_means_names_not_digits(tmp_path):
+    run, other = load_sweep(write(tmp_path, runs={"mla": {}, "head": {"train.seed": 1}}))
+    (digits,) = {run.name.rpartition("-")[2]}
+    assert run.is_meant("ml") and not other.is_meant("ml")
+    assert run.is_meant(run.name) and not any(run.is_meant(text) for text in (digits, f"-{digits[0]}"))
+
+
 def names(path: Path) -> list[str]:
     return [run.name.rpartition("-")[0] for run in load_sweep(path)]
 

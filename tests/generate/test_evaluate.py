@@ -33,6 +33,13 @@ needs_harness = [
 ]
 
 
+def test_a_mistyped_checkpoint_is_told_before_tasks_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "check_harness", lambda: None)
+    monkeypatch.setattr(evaluation, "find_tasks", None)
+    with pytest.raises(UserError, match=f"^checkpoint {tmp_path / 'typo'}: is no directory$"):
+        evaluation.evaluate(tmp_path / "typo", ["any"])
+
+
 def test_a_missing_harness_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"lm_eval is not installed; pip install 'kimi_jax\[eval\]'"):

@@ -106,4 +106,5 @@ def test_the_script_chats(kimi, tmp_path):
     (tmp_path / "tools.json").write_text("{}")
     refused = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert refused.returncode == 2
-    assert refused.stderr == f"error: {tmp_path / 'tools.json'}: is dict at top level, must be a list\n"
+    why = "is not JSON: it is a dict at top level, must be a list"
+    assert refused.stderr == f"error: {tmp_path / 'tools.json'}: {why}\n"

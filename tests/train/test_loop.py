@@ -92,7 +92,7 @@ def test_a_finished_run_says_so(hybrid, whole, capsys):
     before = whole.run_dir.metrics.read_bytes()
     again = train(hybrid, whole.run_dir.path)
     assert again == dataclasses.replace(whole, compile_s=None)
-    assert "finished, 12 of 12 steps" in capsys.readouterr().out
+    assert "finished, 12 steps taken, train.steps=12; nothing to do" in capsys.readouterr().out
     assert whole.run_dir.metrics.read_bytes() == before
 
 
