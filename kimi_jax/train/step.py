@@ -152,7 +152,7 @@ def _build_loss(recipe: Recipe) -> Callable[[Variables, Variables, Batch, _Whole
         balance_loss = jnp.sum(stats.balance_loss) * rows / whole.rows if stats else jnp.zeros(())
         routers = (stats.load, jnp.sum(stats.dropped)) if stats else (None, None)
         sums = Sums(means.cross_entropy, means.z_loss, balance_loss, *routers)
-        return total + balance_weight * balance_loss, sums
+        return total + balance_weight * balance_loss if balance_weight else total, sums  # XLA keeps gradients times 0
 
     return loss
 

@@ -53,21 +53,17 @@ def plan_tiles(
       many of the N are in use.
     """
     groups = group_sizes.shape[0] + 1
-    sizes = group_sizes.astype(jnp.int32)
-    rest = num_rows - jnp.sum(sizes, keepdims=True)
-    sizes = jnp.concatenate([sizes, rest if clear else jnp.minimum(rest, SPARE)])
-    start = sum_before(sizes)
-    end = start + sizes
+    start = sum_before(jnp.append(group_sizes.astype(jnp.int32), 0))
+    end = jnp.append(start[1:], num_rows if clear else jnp.minimum(start[-1] + SPARE, num_rows))
     low, high = start // ALIGNMENT * ALIGNMENT, -(-end // ALIGNMENT) * ALIGNMENT
-    tiles = jnp.where(sizes > 0, -(-(high - low) // ROWS), 0)
-    first = sum_before(tiles)
+    tiles = jnp.where(end > start, -(-(high - low) // ROWS), 0)
+    first = sum_before(jnp.append(tiles, 0))
     most = (num_rows + groups * (ROWS + 2 * ALIGNMENT)) // ROWS
-    tile = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.sum(tile[:, None] >= (first + tiles)[None], 1, dtype=jnp.int32)
-    group = jnp.minimum(group, groups - 1)
-    last = jnp.clip(high - ROWS, low, num_rows - ROWS)
-    row = jnp.minimum(low[group] + (tile - first[group]) * ROWS, last[group])
-    return jnp.stack([group, row, start[group], end[group]], 1), jnp.sum(tiles, keepdims=True)
+    tile, before, through = jnp.arange(most, dtype=jnp.int32)[:, None], first[None, :-1], first[None, 1:]
+    row = jnp.minimum(low[None] + (tile - before) * ROWS, jnp.clip(high - ROWS, low, num_rows - ROWS)[None])
+    columns = jnp.broadcast_arrays(jnp.arange(groups, dtype=jnp.int32)[None], row, start[None], end[None])
+    mine = (before <= tile) & (tile < through)  # one masked sum, where rows of a table would be a kernel more
+    return jnp.sum(jnp.where(mine[:, None], jnp.stack(columns, 1), 0), 2, dtype=jnp.int32), first[-1:]
 
 
 def sum_before(x: Int[Array, "E"]) -> Int[Array, "E"]:
