@@ -8,10 +8,11 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import jax
 
@@ -25,6 +26,7 @@ type Resume = Literal["auto", "never", "must"]
 PACKAGES = ("kimi_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pydantic")
 ABSENT = "(absent)"
 LOCK = ".lock"
+LOOK_S = 0.5
 IN_USE = "another process is training in it"
 
 # What may change when a run goes on: how long it is, how often it reports, and how (not what) it computes.
@@ -151,12 +153,25 @@ def _hold(path: Path, cfg: RunConfig, resume: Resume) -> Iterator[list[str]]:
         raise UserError(f"run directory {path}: cannot be written: {error.strerror}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except BlockingIOError as error:
             raise UserError(f"run directory {path}: {IN_USE}") from error
         except OSError as error:  # some shared disks know no locks
             raise UserError(f"run directory {path}: {LOCK} cannot be locked: {error.strerror}") from error
         yield check_usable(path, cfg, resume)
+
+
+def _lock(file: TextIO) -> None:
+    """Takes the lock; a launcher that looks whether it is free has it for a moment, a run for longer."""
+    end = time.monotonic() + LOOK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(LOOK_S / 10)
 
 
 def _check_is_run_dir(run_dir: RunDir, resume: Resume) -> None:
@@ -285,7 +300,7 @@ def _git_revision(folder: Path) -> dict[str, Any] | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), "--no-optional-locks", *arguments]  # someone may be committing there
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

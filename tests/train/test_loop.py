@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, and that an interrupted one equals an uninterrupted one bit for bit."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from kimi_jax.config.load import dump
 from kimi_jax.errors import UserError
-from kimi_jax.train import loop
+from kimi_jax.train import loop, run_dir
 from kimi_jax.train.checkpoint import CheckpointStore
 from kimi_jax.train.loop import train
 from kimi_jax.train.metrics import read_metrics
@@ -187,6 +188,15 @@ def test_run_directories_that_cannot_be_used(hybrid, changed, whole, tmp_path):
     assert not (tmp_path / "new").exists()
     with loop.claim(tmp_path / "busy", hybrid, "auto"), pytest.raises(UserError, match="another process is training"):
         train(hybrid, tmp_path / "busy")
+
+
+def test_a_launcher_that_looks_whether_a_directory_is_free_is_no_run(hybrid, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "LOOK_S", 600)
+    with (tmp_path / run_dir.LOCK).open("w") as look:
+        fcntl.flock(look, fcntl.LOCK_EX)
+        monkeypatch.setattr(run_dir.time, "sleep", lambda seconds: look.close())
+        with loop.claim(tmp_path, hybrid, "auto"):
+            assert look.closed
 
 
 def test_what_may_change_on_resume(hybrid, changed, whole, tmp_path):
