@@ -12,15 +12,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.batching import by_rows
-from pallas_kernels.hopper import refuse_device
+from pallas_kernels.hopper import MULTIPROCESSORS, refuse_device
 
 f32 = jnp.float32
 LOG2E = math.log2(math.e)
 DTYPES = (jnp.bfloat16, jnp.float16)
 LINE, ROWS = 64, 16  # channels per line of 128 bytes, rows that a warpgroup covers at a time
 WIDEST = 256  # channels: what fits in registers
-TILES = 2  # of ROWS rows, whose loads are in flight together
-ROUNDS = 16  # times TILES tiles per block of the backward, which leaves one tile of sums for the gain
+TILES = 2  # of ROWS rows, whose loads are in flight together in the forward
+BLOCKS = 3  # of the backward per multiprocessor, which take tiles in turns and leave one row of sums for the gain each
 
 # Eight lanes share a row and read a line of it together, a warp has four rows: a mean is over registers and shuffles.
 TILE = plgpu.Layout.TILED(
@@ -84,36 +84,38 @@ def _core_backward(eps, activation, saved, dy):
 
 def _run_backward(eps, activation, x, logits, weight, dy):
     M, R, V = x.shape
-    groups = R // (ROWS * TILES)
-    blocks = pl.cdiv(groups, ROUNDS)
+    tiles, blocks = R // ROWS, BLOCKS * MULTIPROCESSORS
 
     def gated_norm_backward(*refs):
-        x, logits, weight, dy, dx, d_logits, d_weight = _of_model(*refs)
+        x, logits, weight, dy, dx, d_logits, d_weight = _of_model(*refs[:-1])
         gain = plgpu.load(weight, layout=CHANNELS, optimized=False)
         block = lax.axis_index("block")
 
-        def group(n, total):
-            at = [pl.ds(((block * ROUNDS + n) * TILES + i) * ROWS, ROWS) for i in range(TILES)]
-            loaded = [[_load(ref.at[rows]) for ref in (x, logits, dy)] for rows in at]
-            for rows, (wide, z, d) in zip(at, loaded, strict=True):
-                root = _root(wide, eps)
-                normed = wide * _by_row(root, V)
-                gate, slope = _activate(activation, z)
-                d_scaled = d * gate
-                d_normed = d_scaled * _by_channel(gain)
-                inside = _by_row(jnp.sum(d_normed * normed, 1) * (1 / V), V)
-                dx.at[rows][...] = ((d_normed - normed * inside) * _by_row(root, V)).astype(dx.dtype)
-                d_logits.at[rows][...] = (d * normed * _by_channel(gain) * slope).astype(d_logits.dtype)
-                total = total + d_scaled * normed
-            return total
+        def tile(n, total):
+            rows = pl.ds((block + n * blocks) * ROWS, ROWS)
+            wide, z, d = (_load(ref.at[rows]) for ref in (x, logits, dy))
+            root = _root(wide, eps)
+            normed = wide * _by_row(root, V)
+            gate, slope = _activate(activation, z)
+            d_scaled = d * gate
+            d_normed = d_scaled * _by_channel(gain)
+            inside = _by_row(jnp.sum(d_normed * normed, 1) * (1 / V), V)
+            dx.at[rows][...] = ((d_normed - normed * inside) * _by_row(root, V)).astype(dx.dtype)
+            d_logits.at[rows][...] = (d * normed * _by_channel(gain) * slope).astype(d_logits.dtype)
+            return total + d_scaled * normed
 
         zero = plgpu.layout_cast(jnp.zeros((ROWS, V), f32), TILE)
-        d_weight.at[block][...] = lax.fori_loop(0, jnp.minimum(ROUNDS, groups - block * ROUNDS), group, zero)
+        partial_sums = refs[-1]
+        partial_sums[...] = lax.fori_loop(0, lax.div(tiles - block + blocks - 1, blocks), tile, zero)
+        plgpu.commit_smem()
+        parts = [plgpu.load(partial_sums.at[row], layout=CHANNELS, optimized=False) for row in range(ROWS)]
+        d_weight.at[block][...] = sum(parts[1:], parts[0])
 
     struct = jax.ShapeDtypeStruct
-    outs = [struct(x.shape, x.dtype), struct(x.shape, logits.dtype), struct((M, blocks, ROWS, V), f32)]
-    dx, d_logits, d_weight = _launch(gated_norm_backward, outs, (M, blocks))(x, logits, weight, dy)
-    return dx, d_logits, jnp.sum(d_weight, axis=(1, 2))
+    outs = [struct(x.shape, x.dtype), struct(x.shape, logits.dtype), struct((M, blocks, V), f32)]
+    launch = _launch(gated_norm_backward, outs, (M, blocks), [plgpu.SMEM((ROWS, V), f32)])
+    dx, d_logits, d_weight = launch(x, logits, weight, dy)
+    return dx, d_logits, jnp.sum(d_weight, axis=1)
 
 
 _core.defvjp(_core_forward, _core_backward)
@@ -123,13 +125,15 @@ def _of_model(*refs):
     return [ref.at[lax.axis_index("model")] for ref in refs]
 
 
-def _launch(kernel, out_type, grid: tuple[int, int]):
+def _launch(kernel, out_type, grid: tuple[int, int], scratch_types=()):
+    """No barriers but those that the kernel has: its warps go their own ways."""
     return plgpu.kernel(
         kernel,
         out_type=out_type,
         grid=grid,
         grid_names=("model", "block"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        scratch_types=scratch_types,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
     )
 
 

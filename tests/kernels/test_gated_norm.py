@@ -49,7 +49,7 @@ def test_the_kernels_lower_for_cuda(activation):
 @pytest.mark.parametrize("activation", SHAPES)
 def test_the_interpreted_kernels_equal_the_definition(activation, monkeypatch):
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
-    monkeypatch.setattr(mosaic_gpu, "ROUNDS", 2)
+    monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 1)
     arrays = _inputs(*SHAPES[activation])
     got = jax.jit(functools.partial(_values_and_gradients, mosaic_gpu.gated_rms_norm, activation))(*arrays)
     assert_all_close(got, _want(activation, *arrays), TOLERANCE["bfloat16"])
