@@ -13,7 +13,7 @@ from kimi_jax.layers.linear import fan_out
 from kimi_jax.layers.mlp import SwiGlu
 from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.router import Router, RouterStats, Routing
-from pallas_kernels.grouped_matmul.api import grouped_swiglu, place_rows, spread_rows, sum_rows
+from pallas_kernels.grouped_matmul.api import grouped_swiglu, place_rows, spread_numbers, spread_rows, sum_rows
 
 type Addends = tuple[Float[Array, "B T D"], ...]
 """What a feed-forward block adds to the residual stream, one after the other: apart, so that none is summed first."""
@@ -65,8 +65,8 @@ def mix(
 ) -> Float[Array, "M D"]:
     """Returns sum_k weight_k E_k(x), summed in float32; expert number E is none. All experts are on this device."""
     row_Mk, group_sizes_E = place_rows(expert_Mk, matrices.gate.shape[0])
-    scale = jnp.zeros(row_Mk.size, weight_Mk.dtype).at[row_Mk].set(weight_Mk, unique_indices=True)
-    rows = run_sorted(matrices, spread_rows(x_MD, row_Mk, implementation), scale, group_sizes_E, implementation)
+    scale_M, x_MD = spread_numbers(weight_Mk, row_Mk), spread_rows(x_MD, row_Mk, implementation)
+    rows = run_sorted(matrices, x_MD, scale_M, group_sizes_E, implementation)
     return sum_rows(rows, row_Mk, implementation)
 
 

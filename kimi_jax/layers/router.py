@@ -50,11 +50,7 @@ class Router(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"]) -> tuple[Routing, RouterStats]:
         logits_BTE = multiply_exactly(jnp.where(valid_BT[..., None], apart(x_BTD), 0), self.weight[...])
         score_BTE = jax.nn.sigmoid(logits_BTE)
-        choice_BTE = jax.lax.stop_gradient(score_BTE + self.bias[...][None, None, :])
-        expert_BTk = top_k(choice_BTE, self.top_k)
-        # A gather's gradient would be a scatter.
-        chosen_BTkE = jax.nn.one_hot(expert_BTk, score_BTE.shape[-1], dtype=bool)
-        weight_BTk = jnp.sum(jnp.where(chosen_BTkE, score_BTE[:, :, None, :], 0), -1)
+        expert_BTk, weight_BTk = top_k(score_BTE, self.bias[...], self.top_k)
         if self.renormalize:
             weight_BTk = weight_BTk / (jnp.sum(weight_BTk, -1, keepdims=True) + WEIGHT_EPS)
         routing = Routing(

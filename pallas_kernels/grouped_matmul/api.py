@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.grouped_matmul import mosaic_gpu, reference, xla
-from pallas_kernels.grouped_matmul.rows import place_rows, spread_rows, sum_rows
+from pallas_kernels.grouped_matmul.rows import place_rows, spread_numbers, spread_rows, sum_rows
 from pallas_kernels.grouped_matmul.tiles import SPARE
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_swiglu",
     "place_rows",
+    "spread_numbers",
     "spread_rows",
     "sum_rows",
 ]

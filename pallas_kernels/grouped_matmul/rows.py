@@ -15,7 +15,8 @@ from pallas_kernels.hopper import refuse_device
 def place_rows(group: Int[Array, "T k"], num_groups: int) -> tuple[Int[Array, "T k"], Int[Array, "E"]]:
     """Sorts pairs by group, those of one group in the order of tokens.
 
-    A running count over the tokens in place of a sort: on a GPU less than half of its time.
+    A running count over the tokens in place of a sort: on a GPU less than half of its time. Tokens are the last axis,
+    along which a GPU reads and writes, and in which kernels make the groups and take the rows.
 
     Args:
       group: int32, 0 <= group <= num_groups; pairs of group num_groups, which is none, come last.
@@ -23,13 +24,28 @@ def place_rows(group: Int[Array, "T k"], num_groups: int) -> tuple[Int[Array, "T
     Returns:
       The row of each pair, every row once; the number of rows of each group.
     """
-    chosen = jnp.sum(jax.nn.one_hot(group, num_groups + 1, dtype=jnp.int32), 1)
-    through = jnp.cumsum(chosen, 0)
-    sizes = through[-1]
-    before = (through - chosen) + sum_before(sizes)[None]
-    same = group[:, :, None] == group[:, None, :]
-    earlier = jnp.sum(jnp.tril(same, -1), 2, dtype=jnp.int32)  # a token may name a group, or none, more than once
-    return jnp.take_along_axis(before, group, 1) + earlier, sizes[:-1]
+    group_kT = group.T
+    chosen_ET = jnp.sum(jax.nn.one_hot(group_kT, num_groups + 1, dtype=jnp.int32, axis=0), 1)
+    through_ET = jnp.cumsum(chosen_ET, 1)
+    sizes = through_ET[:, -1]
+    before_ET = (through_ET - chosen_ET) + sum_before(sizes)[:, None]
+    same = group_kT[:, None] == group_kT[None]
+    sooner = jnp.tri(len(group_kT), k=-1, dtype=bool)[..., None]
+    earlier_kT = jnp.sum(same & sooner, 1, dtype=jnp.int32)  # a token may name a group, or none, more than once
+    return (jnp.take_along_axis(before_ET, group_kT, 0) + earlier_kT).T, sizes[:-1]
+
+
+@jax.custom_vjp
+def spread_numbers(weight: Float[Array, "T k"], row: Int[Array, "T k"]) -> Float[Array, "R"]:
+    """Writes weight[t, j] to place row[t, j] of T k."""
+    return jnp.zeros(row.size, weight.dtype).at[row.T].set(weight.T, unique_indices=True)
+
+
+# The barrier: two kernels that read the gradient would each gather it from all over the memory.
+spread_numbers.defvjp(
+    lambda weight, row: (spread_numbers(weight, row), row),
+    lambda row, d: (jax.lax.optimization_barrier(d[row]), None),
+)
 
 
 def refuse(x, row, num_rows) -> str | None:
@@ -67,8 +83,9 @@ def spread_rows(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def sum_rows(y: Float[Array, "R D"], row: Int[Array, "T k"], implementation: str = "auto") -> Float[Array, "T D"]:
     """Sums the rows row[t, 0], row[t, 1], ... of y in float32, rounded once; the gradient is `spread_rows`."""
-    rows = y[row] if len(y) == row.size else y.at[row].get(mode="fill", fill_value=0)
-    return jnp.sum(rows, axis=1, dtype=jnp.promote_types(y.dtype, jnp.float32)).astype(y.dtype)
+    places = row.T  # as kernels make them
+    rows = y[places] if len(y) == row.size else y.at[places].get(mode="fill", fill_value=0)
+    return jnp.sum(rows, axis=0, dtype=jnp.promote_types(y.dtype, jnp.float32)).astype(y.dtype)
 
 
 # Automatic differentiation would turn gathers into sums by scattering, which are slow and of no fixed order.

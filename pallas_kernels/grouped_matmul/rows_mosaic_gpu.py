@@ -64,7 +64,7 @@ def _spread(x, row, num_rows: int):
 
         def spread(i, _):
             slot, first = lax.rem(i, STAGES), (i * blocks + block) * TOKENS
-            places = [[row[first + t, j] for j in range(k)] for t in range(TOKENS)]
+            places = [[row[j, first + t] for j in range(k)] for t in range(TOKENS)]
             plgpu.barrier_wait(arrived.at[slot])
             for t in range(TOKENS):
                 for place in places[t]:  # the copy engine leaves out those behind the last row
@@ -96,4 +96,4 @@ def _spread(x, row, num_rows: int):
             plgpu.Barrier(num_barriers=STAGES),
         ],
     )
-    return launch(x.reshape(T, D // box, box), row).reshape(num_rows, D)
+    return launch(x.reshape(T, D // box, box), row.T).reshape(num_rows, D)  # transposed, as kernels make it

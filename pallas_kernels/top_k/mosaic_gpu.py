@@ -1,4 +1,4 @@
-"""The places of the largest values on Hopper: a few lanes keep a row in registers and take its largest k times."""
+"""The largest values on Hopper: a few lanes keep a row in registers and take its largest k times."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ TILE = plgpu.Layout.TILED(
 )
 
 
-def refuse(values, *, k: int) -> str | None:
+def refuse(values, bias, *, k: int) -> str | None:
     """Refuses all but Hopper GPUs, and rows that whole lines and tiles do not cover."""
     return refuse_device() or unserved(values, k=k)
 
@@ -40,34 +40,43 @@ def unserved(values, *, k: int) -> str | None:
     return None
 
 
-def top_k(values: Float[Array, "B T E"], *, k: int) -> Int[Array, "B T k"]:
+def top_k(
+    values: Float[Array, "B T E"], bias: Float[Array, "E"], *, k: int
+) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"]]:
     """See `pallas_kernels.top_k.api.top_k`."""
     B, T, E = values.shape
-    return by_rows(functools.partial(_run, k))(values.reshape(B * T, E)).reshape(B, T, k)
+    places, chosen = by_rows(functools.partial(_run, k))(values.reshape(1, B * T, E), bias[None])
+    return tuple(jnp.moveaxis(x[0], 0, 1).reshape(B, T, k) for x in (places, chosen))
 
 
-def _run(k: int, values: Float[Array, "R E"]) -> Int[Array, "R k"]:
-    R, E = values.shape
+def _run(k: int, values: Float[Array, "M R E"], bias: Float[Array, "M E"]):
+    """(places, values there) of M models, each [M, k, R]: a column per round of the search, as it is stored."""
+    M, R, E = values.shape
 
-    def top_k_of_rows(values, places):
-        rows = pl.ds(lax.axis_index("block") * ROWS, ROWS)
-        left = jnp.maximum(_ordered(plgpu.load(values.at[rows], layout=TILE, optimized=False)), TAKEN + 1)
-        place = plgpu.layout_cast(lax.broadcasted_iota(i32, (ROWS, E), 1), TILE)
+    def top_k_of_rows(values, bias, places, chosen):
+        model, rows = lax.axis_index("model"), pl.ds(lax.axis_index("block") * ROWS, ROWS)
+        value = plgpu.load(values.at[model, rows], layout=TILE, optimized=False)
+        added = plgpu.load(bias.at[model], layout=TILE.reduce(0), optimized=False)
         by_row = lambda x: plgpu.layout_cast(lax.broadcast_in_dim(x, (ROWS, E), (0,)), TILE)
+        left = _ordered(value + plgpu.layout_cast(lax.broadcast_in_dim(added, (ROWS, E), (1,)), TILE))
+        left = jnp.maximum(left, TAKEN + 1)
+        place = plgpu.layout_cast(lax.broadcasted_iota(i32, (ROWS, E), 1), TILE)
         for i in range(k):
             largest = by_row(jnp.max(left, 1))
             first = jnp.min(jnp.where(left == largest, place, E), 1)
-            places.at[i, rows][...] = first
-            left = jnp.where(place == by_row(first), TAKEN, left)
+            taken = place == by_row(first)
+            places.at[model, i, rows][...] = first
+            chosen.at[model, i, rows][...] = jnp.sum(jnp.where(taken, value, 0.0), 1)
+            left = jnp.where(taken, TAKEN, left)
 
     launch = plgpu.kernel(
         top_k_of_rows,
-        out_type=jax.ShapeDtypeStruct((k, R), i32),
-        grid=(R // ROWS,),
-        grid_names=("block",),
+        out_type=[jax.ShapeDtypeStruct((M, k, R), dtype) for dtype in (i32, f32)],
+        grid=(M, R // ROWS),
+        grid_names=("model", "block"),
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
     )
-    return launch(values).T
+    return launch(values, bias)
 
 
 def _ordered(x: Float[Array, "..."]) -> Int[Array, "..."]:

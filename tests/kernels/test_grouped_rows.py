@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import rows_mosaic_gpu
-from pallas_kernels.grouped_matmul.api import place_rows, spread_rows, sum_rows
+from pallas_kernels.grouped_matmul.api import place_rows, spread_numbers, spread_rows, sum_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 T, K, E, D = 40, 3, 5, 256
@@ -27,6 +27,14 @@ def test_places_are_those_of_a_stable_sort():
     row, sizes = jax.jit(place_rows, static_argnums=1)(group, E)
     np.testing.assert_array_equal(np.asarray(row).ravel()[np.argsort(group.ravel(), kind="stable")], np.arange(T * K))
     np.testing.assert_array_equal(sizes, np.bincount(group.ravel(), minlength=E + 1)[:E])
+
+
+def test_numbers_go_to_their_places_and_their_gradients_come_back():
+    row, _ = place_rows(draw_groups(), E)
+    weight, d = draw(T, K), draw(T * K)
+    spread, pull = jax.vjp(lambda weight: spread_numbers(weight, row), weight)
+    np.testing.assert_array_equal(spread[row], weight)
+    np.testing.assert_array_equal(pull(d)[0], d[row])
 
 
 def test_rows_go_to_their_places_and_their_sum_comes_back():
