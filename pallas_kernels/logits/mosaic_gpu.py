@@ -23,6 +23,7 @@ from pallas_kernels.tiles_mosaic_gpu import (
     cut,
     f32,
     launch,
+    nothing_kept,
     piece_width,
     run_tiles,
     store_piece,
@@ -31,6 +32,7 @@ from pallas_kernels.tiles_mosaic_gpu import (
 
 DTYPE = jnp.bfloat16  # of what enters and leaves: exponentials need the exponents of float32
 DEPTH = PIECE = piece_width(DTYPE)  # columns of a step, and of a piece of the result on its way out
+GROUP = 16  # tiles one below the other, which are done column by column
 WIDTHS = (256, 192, 128)  # of tiles; the first that divides the vocabulary, else the first, and the last tile is masked
 ALIGNMENT = 8  # rows, to whole multiples of which zeros are added: of a swizzled layout
 STAGES, SLOTS = 4, 2  # steps in shared memory; pieces per warpgroup on their way
@@ -77,21 +79,21 @@ def cross_entropy_gradients(
 def exponentials(
     x: Float[Array, "M D"], weight: Float[Array, "D A"], reference: Float[Array, "M"]
 ) -> tuple[Float[Array, "M A"], Float[Array, "M"]]:
-    """See `relative.Exponentials`; tiles that share columns of the weight are neighbours, so that it is read once."""
+    """See `relative.Exponentials`; a tile leaves behind the products of the next one."""
     (num_rows, D), A = x.shape, weight.shape[1]
     x = jnp.pad(x, ((0, -num_rows % ALIGNMENT), (0, 0)))
     weight = jnp.pad(weight, ((0, 0), (0, max(WIDTHS[0] - A, -A % PIECE))))  # whole layouts, at least a tile
     M = x.shape[0]
     width = next((width for width in WIDTHS if A % width == 0), WIDTHS[0])
-    down, across, steps = -(-M // ROWS), -(-A // width), D // DEPTH
+    down, across, steps, pieces = -(-M // ROWS), -(-A // width), D // DEPTH, width // PIECE
     reference = jnp.pad(reference * LOG2_E, (0, down * ROWS - num_rows))
 
-    def exponentials_of_logits(x, weight, reference, values, sums, left, right, staged, vectors, full, empty):
+    def exponentials_of_logits(x, weight, reference, values, sums, left, right, staged, full, empty):
         warpgroup = lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * HEIGHT, HEIGHT)
 
         def describe(number):
-            return Tile(lax.rem(number, down), lax.div(number, down), jnp.int32(steps))
+            return Tile(*place(number, down, across), jnp.int32(steps))
 
         def load(tile, step, slot):
             ks, columns = pl.ds(step * DEPTH, DEPTH), pl.ds(tile.column * width, width)
@@ -111,23 +113,35 @@ def exponentials(
                 powers = jnp.where(column < A - tile.column * width, powers, 0.0)
             # Without the barrier the compiler reads accumulators while products run, and serialises these.
             rounded, total = lax.optimization_barrier((cut(powers, DTYPE), jnp.sum(powers, 1)))
-            for i in range(width // PIECE):
-                place = values.at[rows, pl.ds(tile.column * width + i * PIECE, PIECE)]
-                store_piece(staged.at[warpgroup], i, rounded, i, place)
-            vectors[warpgroup] = total
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(vectors.at[warpgroup], sums.at[tile.column, rows])
+            sums.at[tile.column, rows][...] = total
+            return tile.row, tile.column, rounded
 
-        work = Work(describe, load, multiply, finish)
+        def store(kept, i):
+            row, column, rounded = kept
+            rows, columns = pl.ds(row * ROWS + warpgroup * HEIGHT, HEIGHT), pl.ds(column * width + i * PIECE, PIECE)
+            store_piece(staged.at[warpgroup], i, rounded, i, values.at[rows, columns])
+
+        nothing = (0, 0, nothing_kept(pieces, DTYPE))
+        work = Work(describe, load, multiply, finish, store=store, parts=pieces, nothing=nothing)
         run_tiles(work, jnp.int32(down * across), [(HEIGHT, width)], full, empty)
 
     scratch = [
         swizzled(STAGES, ROWS, DEPTH, dtype=DTYPE),
         swizzled(STAGES, DEPTH, width, dtype=DTYPE),
         swizzled(WARPGROUPS, SLOTS, HEIGHT, PIECE, dtype=DTYPE),
-        plgpu.SMEM((WARPGROUPS, HEIGHT), f32),
         *barriers(STAGES, 2),
     ]
     results = [jax.ShapeDtypeStruct((M, weight.shape[1]), DTYPE), jax.ShapeDtypeStruct((across, down * ROWS), f32)]
     values, sums = launch(exponentials_of_logits, results, scratch)(x, weight, reference)
     return values[:num_rows, :A], jnp.sum(sums[:, :num_rows], axis=0)
+
+
+def place(number, down: int, across: int):
+    """(row, column) of a tile.
+
+    What blocks read at a time, rows of a group and some columns, is small next to the cache, so that memory is read
+    once for the rows, and once per group for the weight.
+    """
+    first = lax.div(number, GROUP * across) * GROUP
+    height, rest = jnp.minimum(GROUP, down - first), number - first * across
+    return first + lax.rem(rest, height), lax.div(rest, height)

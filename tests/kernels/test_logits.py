@@ -99,6 +99,12 @@ def test_what_the_kernel_refuses(shape, dtype, word):
     assert word in mosaic_gpu.unserved(jnp.zeros(shape, dtype))
 
 
+@pytest.mark.parametrize(("down", "across"), [(256, 3), (37, 5), (1, 2)])
+def test_every_tile_once(down, across):
+    rows, columns = mosaic_gpu.place(jnp.arange(down * across), down, across)
+    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == list(np.ndindex(down, across))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_column_that_is_no_number_is_not_hidden(bad):
     """A target or not: training stops at a gradient that is not finite."""
