@@ -34,7 +34,10 @@ class Work(NamedTuple):
     `take` serves the steps that are not products.
     """
     extra_steps: int = 0
-    """Behind those of the products and loaded ahead like them; take(i, use) waits for the ith and gives use(slot)."""
+    """Behind those of the products and loaded ahead like them.
+
+    take(i, use) waits for the ith, gives use(slot) and lets the slot go; with release=False the kernel does that.
+    """
     store: Callable[[Any, Any], None] | None = None
     """(what `finish` returned, number of a part) stores this part, behind the start of a product of the next tile."""
     parts: int = 0
@@ -173,11 +176,12 @@ def run_tiles(work: Work, num_tiles, shapes: Sequence[tuple[int, int]], full, em
             def _():
                 plgpu.barrier_arrive(empty.at[lax.rem(total - 1, stages)])
 
-            def take(i, use):
+            def take(i, use, release=True):
                 slot = lax.rem(total + i, stages)
                 plgpu.barrier_wait(full.at[slot])
                 result = use(slot)
-                plgpu.barrier_arrive(empty.at[slot])
+                if release:
+                    plgpu.barrier_arrive(empty.at[slot])
                 return result
 
             result = work.finish(tile, values, take)
@@ -205,8 +209,13 @@ def run_tiles(work: Work, num_tiles, shapes: Sequence[tuple[int, int]], full, em
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def launch(kernel, out_type, scratch_types):
-    """The kernel as a function of arrays."""
+def launch(kernel, out_type, scratch_types, *, auto_barriers: bool = True):
+    """The kernel as a function of arrays.
+
+    Args:
+      auto_barriers: around everything that a warpgroup writes to shared memory. Not needed where no other thread sees
+        it before `commit_smem`, nor what was there before after `wait_smem_to_gmem`.
+    """
     return plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -216,6 +225,7 @@ def launch(kernel, out_type, scratch_types):
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,  # exponentials and roots, to 22 bits
+            unsafe_no_auto_barriers=not auto_barriers,
             reduction_scratch_bytes=0,  # nothing is reduced across warps, and memory is tight
         ),
         scratch_types=scratch_types,

@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul.product_mosaic_gpu import multiply_rows
 from pallas_kernels.grouped_matmul.swiglu_mosaic_gpu import swiglu_gradients, swiglu_rows
 from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, plan_tiles
 from pallas_kernels.hopper import refuse_device
+from pallas_kernels.remat import remake
 from pallas_kernels.tiles_mosaic_gpu import ROWS
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -101,36 +102,43 @@ def grouped_swiglu(
     group_sizes: Int[Array, "E"],
     clear: bool = True,
 ) -> Float[Array, "M D"]:
-    """See `pallas_kernels.grouped_matmul.api.grouped_swiglu`; the backward pass also keeps x gate and x up."""
+    """See `pallas_kernels.grouped_matmul.api.grouped_swiglu`; the backward pass keeps all that was made but y."""
     return _swiglu_forward(x, gate, up, down, scale, group_sizes, clear)[0]
 
 
 def _swiglu_forward(x, gate, up, down, scale, group_sizes, clear):
     matrices = (_widen(w, x.dtype) for w in (gate, up, down))
-    y, gated, raised = _of_models(functools.partial(_swiglu, clear))(group_sizes, _pad(x), *matrices, _pad(scale))
+    run = _of_models(functools.partial(_swiglu, clear))
+    y, hidden, gated, raised = run(group_sizes, _pad(x), *matrices, _pad(scale))
     gated, raised = (checkpoint_name(z, "operators") for z in (gated, raised))  # kept or recomputed by that name
-    return y[: x.shape[0], : x.shape[1]], (x, gate, up, down, scale, group_sizes, gated, raised)
+    hidden = remake(hidden, _hidden, _pad(scale), gated, raised)
+    return y[: x.shape[0], : x.shape[1]], (x, gate, up, down, scale, group_sizes, gated, raised, hidden)
+
+
+def _hidden(scale, gated, raised):
+    """As the kernel's, but of rounded products."""
+    return (scale[:, None] * jax.nn.silu(gated.astype(jnp.float32)) * raised).astype(gated.dtype)
 
 
 def _swiglu(clear, group_sizes, x, gate, up, down, scale):
     plan = plan_tiles(group_sizes, x.shape[0], clear)
     hidden, gated, raised = swiglu_rows(plan, x, gate, up, scale, config=CONFIG)
-    return multiply_rows(plan, [(hidden, down)], transposed=False, config=CONFIG), gated, raised
+    return multiply_rows(plan, [(hidden, down)], transposed=False, config=CONFIG), hidden, gated, raised
 
 
 def _swiglu_backward(clear, saved, dy):
-    x, gate, up, down, scale, group_sizes, gated, raised = saved
+    x, gate, up, down, scale, group_sizes, *rows = saved
     matrices = gate, up, down
     run = _of_models(functools.partial(_swiglu_gradients, clear, tuple(w.dtype for w in matrices)))
     widened = (_widen(w, x.dtype) for w in matrices)
-    dx, *gradients, d_scale = run(group_sizes, _pad(dy), _pad(x), *widened, _pad(scale), gated, raised)
+    dx, *gradients, d_scale = run(group_sizes, _pad(dy), _pad(x), *widened, _pad(scale), *rows)
     gradients = (_narrow(dw, w) for dw, w in zip(gradients, matrices, strict=True))
     return dx[: x.shape[0], : x.shape[1]], *gradients, d_scale[: x.shape[0]].astype(scale.dtype), None
 
 
-def _swiglu_gradients(clear, dtypes, group_sizes, dy, x, gate, up, down, scale, gated, raised):
+def _swiglu_gradients(clear, dtypes, group_sizes, dy, x, gate, up, down, scale, gated, raised, hidden):
     plan = plan_tiles(group_sizes, x.shape[0], clear)
-    hidden, d_gated, d_raised, d_scale = swiglu_gradients(plan, dy, down, gated, raised, scale, config=CONFIG)
+    d_gated, d_raised, d_scale = swiglu_gradients(plan, dy, down, gated, raised, scale, config=CONFIG)
     dx = multiply_rows(plan, [(d_gated, gate), (d_raised, up)], transposed=True, config=CONFIG)
     factors = zip((x, x, hidden), (d_gated, d_raised, dy), dtypes, strict=True)
     gradients = (multiply_transposed(a, b, group_sizes, dtype=dtype, config=CONFIG) for a, b, dtype in factors)

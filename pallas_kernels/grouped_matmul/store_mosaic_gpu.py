@@ -17,17 +17,23 @@ from pallas_kernels.tiles_mosaic_gpu import (
     await_slot,
     f32,
     piece_width,
-    store_piece,
     swizzled,
     write_one,
 )
 
+NUMBERS = 8  # times that a number per row is stored: the layout of a result of products has no fewer columns
+
 
 def staging(dtype, config: TileConfig):
-    """Room for pieces on their way out: swizzled, as whole rows, or as rows of float32."""
-    shape = (WARPGROUPS, config.slots, HEIGHT)  # the same for all, so that no warpgroup writes another's part
-    whole, rows = (*shape, piece_width(dtype)), (*shape, piece_width(f32))
-    return plgpu.RefUnion(swizzled(*whole, dtype=dtype), plgpu.SMEM(whole, dtype), plgpu.SMEM(rows, f32))
+    """Room for pieces on their way out: swizzled, or as whole rows."""
+    shape = (WARPGROUPS, config.slots, HEIGHT, piece_width(dtype))
+    return plgpu.RefUnion(swizzled(*shape, dtype=dtype), plgpu.SMEM(shape, dtype))
+
+
+def row_staging(dtype) -> list:
+    """Room for rows of an incomplete tile on their way out, as they are or as rows of float32; for numbers per row."""
+    rows = (plgpu.SMEM((WARPGROUPS, HEIGHT, piece_width(t)), t) for t in (dtype, f32))  # rows of 128 bytes: aligned
+    return [plgpu.RefUnion(*rows), plgpu.SMEM((WARPGROUPS, HEIGHT, NUMBERS), f32)]
 
 
 class OwnRows(NamedTuple):
@@ -60,7 +66,7 @@ def store_rows(staged, rows: OwnRows, number, values: Sequence, which, y, column
       which: of them it is.
       column: of y, where the piece starts.
     """
-    pieces, plain, _ = (ref.at[lax.axis_index("warpgroup")] for ref in staged)
+    pieces, plain = (ref.at[lax.axis_index("warpgroup")] for ref in staged)
     slots = pieces.shape[0]
     slot, buffer, whole = pieces.at[lax.rem(number, slots)], plain.at[0], rows.number == HEIGHT
     await_slot(jnp.where(whole, number, 0), slots)
@@ -71,29 +77,57 @@ def store_rows(staged, rows: OwnRows, number, values: Sequence, which, y, column
     lax.cond(whole, copy_all, lambda: _copy_some(buffer, rows, place))
 
 
-def store_together(staged, rows: OwnRows, results: Sequence[tuple[Any, Any, Any]]) -> None:
-    """Stores a piece of each result; `results`: (value, the whole array, its column where the piece starts).
+def store_from(rooms: Sequence, spare, rows: OwnRows, results: Sequence[tuple[Any, Any, Any]]) -> None:
+    """Stores a piece of each result, as the latest group of copies.
 
-    In one branch: the values of the second are computed while the first leaves.
+    Args:
+      rooms: shared memory for each, swizzled, that nothing else reads or writes until its copy has left.
+      spare: see `row_staging`.
+      results: (value, the whole array, its column where the piece starts).
     """
-    pieces, plain, _ = (ref.at[lax.axis_index("warpgroup")] for ref in staged)
+    plain = spare[0].at[lax.axis_index("warpgroup")]
 
     def all_rows():
-        for number, (value, y, column) in enumerate(results):
-            store_piece(pieces, number, [value], 0, _place(y, rows, column, pl.ds(0, HEIGHT)))
+        for room, (value, _, _) in zip(rooms, results, strict=True):
+            room[...] = value
+        plgpu.commit_smem()
+        for room, (_, y, column) in zip(rooms, results, strict=True):
+            plgpu.copy_smem_to_gmem(room, _place(y, rows, column, pl.ds(0, HEIGHT)), commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
 
     def some_rows():
         for value, y, column in results:
-            _store_some(value, plain.at[0], rows, functools.partial(_place, y, rows, column))
+            _store_some(value, plain, rows, functools.partial(_place, y, rows, column))
 
     lax.cond(rows.number == HEIGHT, all_rows, some_rows)
 
 
-def store_number(staged, rows: OwnRows, value, y) -> None:
-    """One float32 per row, repeated over the columns of y."""
-    numbers = staged[2].at[lax.axis_index("warpgroup"), 0]
-    value = lax.broadcast_in_dim(value, (HEIGHT, y.shape[1]), (0,))
-    _store_some(value, numbers, rows, functools.partial(_place, y, rows, 0))
+def store_number(staged, spare, rows: OwnRows, value, y) -> None:
+    """One float32 per row, repeated over the columns of y; `staged`, `spare`: see `row_staging`."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    def write(room):
+        room[...] = lax.broadcast_in_dim(value, room.shape, (0,))
+        plgpu.commit_smem()
+
+    def all_rows():
+        write(staged.at[warpgroup])
+        plgpu.copy_smem_to_gmem(staged.at[warpgroup], y.at[pl.ds(pl.multiple_of(rows.top, ALIGNMENT), HEIGHT)])
+
+    def some_rows():
+        room = spare[1].at[warpgroup]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        write(room)
+
+        def copy(i, _):
+            row = pl.ds(rows.first + i, 1)
+            place = y.at[pl.ds(rows.top + row.start, 1)]
+            plgpu.copy_smem_to_gmem(room.at[row, pl.ds(0, NUMBERS)], place, commit_group=False)
+
+        lax.fori_loop(0, rows.number, copy, None)
+        plgpu.commit_smem_to_gmem_group()
+
+    lax.cond(rows.number == HEIGHT, all_rows, some_rows)
 
 
 def _store_some(value, buffer, rows: OwnRows, place) -> None:

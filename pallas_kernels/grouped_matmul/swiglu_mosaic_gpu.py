@@ -12,11 +12,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul.product_mosaic_gpu import describe_tiles, tile_width
 from pallas_kernels.grouped_matmul.store_mosaic_gpu import (
     NO_ROWS,
+    NUMBERS,
     own_rows,
+    row_staging,
     staging,
+    store_from,
     store_number,
     store_rows,
-    store_together,
 )
 from pallas_kernels.grouped_matmul.tiles import TILE_COST, TileConfig, choose_width
 from pallas_kernels.tiles_mosaic_gpu import (
@@ -108,13 +110,14 @@ def swiglu_gradients(
     scale: Float[Array, "M"],
     *,
     config: TileConfig,
-) -> tuple[Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M"]]:
+) -> tuple[Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M"]]:
     """Takes dy back through the matrices `down` and through the SwiGLU of `swiglu_rows`.
 
-    g and u come in through the buffers of the products, in pieces as deep as a step, loaded ahead like these.
+    g and u come in through the buffers of the products, in pieces as deep as a step, loaded ahead like these; their
+    gradients leave from where they were.
 
     Returns:
-      (h = scale silu(g) u once more, gradients of g, of u and of scale); zero behind the last group.
+      Gradients of g, of u and of scale; zero behind the last group.
     """
     depth, stages, dtype = config.depth, config.stages, dy.dtype
     (num_rows, D), F = dy.shape, down.shape[1]
@@ -122,7 +125,7 @@ def swiglu_gradients(
     across, pieces = -(-F // width), width // depth
 
     def grouped_swiglu_gradient(
-        tiles, count, dy, down, g, u, scale, h, dg, du, d_scale, left, right, staged, full, empty
+        tiles, count, dy, down, g, u, scale, dg, du, d_scale, left, right, spare, numbers, full, empty
     ):
         mine = pl.ds(lax.axis_index("warpgroup") * HEIGHT, HEIGHT)
 
@@ -146,20 +149,28 @@ def swiglu_gradients(
 
         def finish(tile, values, take):
             rows, factor, sums = own_rows(tile), _by_row(scale, tile, depth), None
+
+            def leave(slot, outstanding):
+                plgpu.wait_smem_to_gmem(outstanding, wait_read_only=True)
+                plgpu.barrier_arrive(empty.at[slot])
+
             for i in range(pieces):
-                piece = lambda slot: [plgpu.load(ref.at[slot, mine], layout=WGMMA).astype(f32) for ref in (left, right)]
-                gated, raised = take(i, piece)
+                before, slot = slot if i else None, take(i, lambda slot: slot, release=False)
+                rooms = [ref.at[slot, mine] for ref in (left, right)]
+                gated, raised = (plgpu.load(room, layout=WGMMA).astype(f32) for room in rooms)
                 d_hidden = values[0][:, i * depth : (i + 1) * depth]
                 sigmoid = _sigmoid(gated)
                 silu = gated * sigmoid
-                product, d_scaled = silu * raised, d_hidden * factor
-                part = jnp.sum(d_hidden * product, axis=1)
+                d_scaled = d_hidden * factor
+                part = jnp.sum(d_hidden * (silu * raised), axis=1)
                 sums = part if sums is None else sums + part
                 d_gated = d_scaled * raised * (sigmoid + silu * (1.0 - sigmoid))
-                results = ((factor * product, h), (d_gated, dg), (d_scaled * silu, du))
-                column = tile.column * width + i * depth
-                store_together(staged, rows, [(value.astype(dtype), y, column) for value, y in results])
-            store_number(staged, rows, sums, d_scale.at[tile.column])
+                results, column = ((d_gated, dg), (d_scaled * silu, du)), tile.column * width + i * depth
+                store_from(rooms, spare, rows, [(value.astype(dtype), y, column) for value, y in results])
+                if i:
+                    leave(before, 1)
+            store_number(numbers, spare, rows, sums, d_scale.at[tile.column])
+            leave(slot, 0)
 
         work = Work(describe_tiles(tiles, down.shape[0], across, D // depth), load, multiply, finish, pieces)
         run_tiles(work, count[0] * across, [(HEIGHT, width)], full, empty)
@@ -167,13 +178,13 @@ def swiglu_gradients(
     scratch = [
         swizzled(stages, ROWS, depth, dtype=dtype),
         swizzled(stages, width, depth, dtype=dtype),
-        staging(dtype, config),
+        *row_staging(dtype),
         *barriers(stages, 2),
     ]
-    result = jax.ShapeDtypeStruct((num_rows, F), dtype)
-    sums = jax.ShapeDtypeStruct((across, num_rows, piece_width(f32)), f32)  # whole rows: smaller copies are misaligned
-    *results, d_scale = launch(grouped_swiglu_gradient, [result] * 3 + [sums], scratch)(*plan, dy, down, g, u, scale)
-    return *results, jnp.sum(d_scale[:, :, 0], 0)
+    result, sums = jax.ShapeDtypeStruct((num_rows, F), dtype), jax.ShapeDtypeStruct((across, num_rows, NUMBERS), f32)
+    run = launch(grouped_swiglu_gradient, [result, result, sums], scratch, auto_barriers=False)
+    dg, du, d_scale = run(*plan, dy, down, g, u, scale)
+    return dg, du, jnp.sum(d_scale[:, :, 0], 0)
 
 
 def _half_width(columns: int, widest: int) -> int:
