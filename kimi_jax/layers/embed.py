@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from kimi_jax.layers.linear import apart
 from kimi_jax.layers.param import normal, param
+from pallas_kernels.partition import TOKEN_AXES, free_axes_of
 
 
 class Embedding(nnx.Module):
@@ -24,8 +26,14 @@ class Embedding(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(weight_AD: Float[Array, "A D"], tokens_BT: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Rows of a table; their gradients are summed in float32, whatever the table's dtype."""
-    return weight_AD[tokens_BT].astype(dtype)
+    """Rows of a table; their gradients are summed in float32, whatever the table's dtype.
+
+    As one matrix, where tokens are not cut, that XLA takes for an array of its own: to a product that adds onto it, a
+    gather's result in another shape would be free to be written on, and be copied for that.
+    """
+    if free_axes_of(TOKEN_AXES, tokens_BT.shape[1]):
+        return weight_AD[tokens_BT].astype(dtype)
+    return apart(weight_AD[tokens_BT.reshape(-1)].astype(dtype)).reshape(*tokens_BT.shape, -1)
 
 
 def _look_up_fwd(weight_AD, tokens_BT, dtype):

@@ -135,7 +135,9 @@ def build_optimizer(cfg: Optimizer, assignments: Mapping[Path, Assignment]) -> o
             new_state[name] = jax.tree.map(lambda after, before: after.astype(before.dtype), wide_state, state[name])
             updates |= flatten_dict(own)
         weights = flatten_dict(_widened(params))
-        return unflatten_dict({path: u + decay[path] * weights[path] for path, u in updates.items()}), new_state
+        # Not plus 0 times the weight: the old one would live on beside the new.
+        decayed = {path: u + decay[path] * weights[path] if decay[path] else u for path, u in updates.items()}
+        return unflatten_dict(decayed), new_state
 
     return optax.GradientTransformation(init, update)
 
