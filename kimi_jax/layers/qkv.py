@@ -7,9 +7,10 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from kimi_jax.config.mixer import LinearMixer
 from kimi_jax.layers.cache import ConvCache
-from kimi_jax.layers.linear import fan_out, project
+from kimi_jax.layers.linear import fan_out, is_longer, project
 from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.short_conv import build_conv
+from pallas_kernels.partition import HEAD_AXES, free_axes_of
 
 
 class ConvolvedQkv(nnx.Module):
@@ -32,17 +33,23 @@ class ConvolvedQkv(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], cache: ConvCache | None, segment_ids_BT: Int[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T HV V"], ConvCache]:
-        streams = (
-            (self.query, self.query_conv, cache and cache.query),
-            (self.key, self.key_conv, cache and cache.key),
-            (self.value, self.value_conv, cache and cache.value),
-        )
-        projected = [
-            conv(project("BTD,DHK->BTHK", x, weight[...]), conv_cache, segment_ids_BT)
-            for x, (weight, conv, conv_cache) in zip(fan_out(x_BTD, 3), streams, strict=True)
-        ]
-        (q, query_cache), (k, key_cache), (v, value_cache) = projected
-        return q, k, v, ConvCache(query_cache, key_cache, value_cache)
+        weights = [weight[...] for weight in (self.query, self.key, self.value)]
+        convs, caches = (self.query_conv, self.key_conv, self.value_conv), cache or (None,) * 3
+        if self._joins(x_BTD, weights):
+            weight = jnp.concatenate([w.reshape(w.shape[0], -1) for w in weights], axis=1)
+            joined = project("BTD,DR->BTR", x_BTD, weight)
+            results, caches = convs[0].of_joined(convs, joined, caches, segment_ids_BT)
+            results = [y.reshape(*y.shape[:2], *w.shape[1:]) for y, w in zip(results, weights, strict=True)]
+        else:
+            projected = [project("BTD,DHK->BTHK", x, w) for x, w in zip(fan_out(x_BTD, 3), weights, strict=True)]
+            pairs = [conv(x, c, segment_ids_BT) for conv, x, c in zip(convs, projected, caches, strict=True)]
+            results, caches = zip(*pairs, strict=True)
+        return *results, ConvCache(*caches)
+
+    def _joins(self, x_BTD, weights) -> bool:
+        """Whether to read x once: of many tokens, and of whole heads, as each device keeps its part of each matrix."""
+        cut = any(free_axes_of(HEAD_AXES, w.shape[1]) for w in weights)
+        return not cut and is_longer(x_BTD, [w.reshape(w.shape[0], -1) for w in weights])
 
 
 class StepSize(nnx.Module):

@@ -1,5 +1,8 @@
 """What stands between a projection and a linear-attention operator: a short convolution with SiLU, or SiLU alone."""
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from kimi_jax.config.mixer import Conv, NoConv, ShortConv
 from kimi_jax.layers.param import param, uniform
-from pallas_kernels.short_conv.api import short_conv
+from pallas_kernels.short_conv.api import short_conv, short_conv_parts
 
 
 class ShortConvolution(nnx.Module):
@@ -31,22 +34,49 @@ class ShortConvolution(nnx.Module):
         segment_ids_BT: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B W-1 D"]]:
         B, T, H, K = x_BTHK.shape
-        weight = self.weight[...].astype(x_BTHK.dtype).reshape(self.channels, self.width)
-        y, cache = short_conv(x_BTHK.reshape(B, T, self.channels), weight, cache=cache, segment_ids=segment_ids_BT)
+        x = x_BTHK.reshape(B, T, self.channels)
+        y, cache = short_conv(x, self._taps(x.dtype), cache=cache, segment_ids=segment_ids_BT)
         return y.reshape(B, T, H, K), cache
+
+    def _taps(self, dtype: DTypeLike) -> Float[Array, "D W"]:
+        return self.weight[...].astype(dtype).reshape(self.channels, self.width)
+
+    @staticmethod
+    def of_joined(
+        convs: Sequence["ShortConvolution"],
+        x_BTD: Float[Array, "B T D"],
+        caches: Sequence[Float[Array, "B W-1 _"] | None],
+        segment_ids_BT: Int[Array, "B T"] | None,
+    ) -> tuple[Sequence[Float[Array, "B T _"]], Sequence[Float[Array, "B W-1 _"]]]:
+        """Runs several on x that their inputs are joined to, beside each other; returns the results of each."""
+        weight = jnp.concatenate([conv._taps(x_BTD.dtype) for conv in convs])
+        widths = tuple(conv.channels for conv in convs)
+        cache = None if caches[0] is None else jnp.concatenate(caches, axis=-1)
+        ys, cache = short_conv_parts(x_BTD, weight, widths, cache=cache, segment_ids=segment_ids_BT)
+        return ys, jnp.split(cache, _cuts(convs), axis=-1)
 
 
 class PointwiseSilu(nnx.Module):
     """SiLU without a convolution; nothing is carried from token to token."""
 
     def __init__(self, cfg: NoConv, *, num_heads: int, head_dim: int, rngs: nnx.Rngs):
-        del cfg, num_heads, head_dim, rngs
+        del cfg, rngs
+        self.channels = num_heads * head_dim
 
     def init_cache(self, batch: int, dtype: DTypeLike) -> None:
         return None
 
     def __call__(self, x_BTHK, cache: None, segment_ids_BT) -> tuple[Float[Array, "B T H K"], None]:
         return jax.nn.silu(x_BTHK), None
+
+    @staticmethod
+    def of_joined(convs: Sequence["PointwiseSilu"], x_BTD, caches: Sequence[None], segment_ids_BT):
+        return jnp.split(jax.nn.silu(x_BTD), _cuts(convs), axis=-1), caches
+
+
+def _cuts(convs: Sequence[ShortConvolution] | Sequence[PointwiseSilu]) -> list[int]:
+    """Where the channels of the second and of those after it begin, beside each other."""
+    return list(itertools.accumulate(conv.channels for conv in convs))[:-1]
 
 
 CONVS = {ShortConv: ShortConvolution, NoConv: PointwiseSilu}

@@ -14,13 +14,13 @@ def over_spans(convolve: Callable) -> Callable:
     """Makes an implementation of `short_conv` take `axis`, over which tokens are cut: see `partition.Axes`."""
 
     @functools.wraps(convolve)
-    def run(x, weight, *, cache, segment_ids, axis: str | None = None):
+    def run(x, weight, *, cache, segment_ids, axis: str | None = None, **settings):
         if axis is None:
-            return convolve(x, weight, cache=cache, segment_ids=segment_ids)
+            return convolve(x, weight, cache=cache, segment_ids=segment_ids, **settings)
         last, number = last_inputs(x, segment_ids, weight.shape[1] - 1)
         cache = relay.entering_inputs(last, number, relay.continues(segment_ids, axis), axis)
-        y, cache = convolve(x, weight, cache=cache, segment_ids=segment_ids)
-        return y, relay.of_last_device(cache, axis)
+        *ys, cache = convolve(x, weight, cache=cache, segment_ids=segment_ids, **settings)
+        return *ys, relay.of_last_device(cache, axis)
 
     return run
 

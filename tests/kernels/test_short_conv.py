@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.short_conv import short_conv, xla
+from pallas_kernels.short_conv import short_conv, short_conv_parts, xla
 from pallas_kernels.testing import assert_all_close, assert_close, generator
 
 # Largest error ratio against the definition in float64; measured 9e-8, 3e-4 and 2.3e-3 (half precision: the rounding
@@ -86,6 +86,33 @@ def test_tap_gradients_are_the_same_on_every_platform():
     for reach in (None, np.broadcast_to(np.arange(70, dtype=np.int32) % 9, (2, 70))):
         got, want = (jax.jit(f)(padded, d_linear, reach) for f in (xla._tap_gradients_cpu, xla._tap_gradients))
         assert_close("dweight", got, want, 1e-6)
+
+
+def test_parts_are_what_the_whole_returns():
+    x, weight, cache, dy = _inputs()
+    ids, widths = SEGMENTS["holes"], (1, 3, 2)
+
+    @jax.jit
+    def of_parts(x, weight, cache, dy):
+        def joined(x, weight, cache):
+            ys, last = short_conv_parts(x, weight, widths, cache=cache, segment_ids=ids)
+            assert tuple(y.shape[2] for y in ys) == widths
+            return jnp.concatenate(ys, axis=2), last
+
+        (y, last), pull_back = jax.vjp(joined, x, weight, cache)
+        return y, last, *pull_back((dy, jnp.zeros_like(last)))
+
+    y, last, *gradients = of_parts(x, weight, cache, dy)
+    want, pull_back = jax.vjp(lambda *arrays: _conv(*arrays[:2], cache=arrays[2], segment_ids=ids), x, weight, cache)
+    for got, expected in zip((y, last, *gradients), (*want, *pull_back((dy, jnp.zeros_like(last)))), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)  # measured 0
+
+
+@pytest.mark.parametrize("widths", [(1, 3), (6, 0), (7, -1)])
+def test_widths_that_are_not_those_of_x(widths):
+    x, weight, _, _ = _inputs()
+    with pytest.raises(ValueError, match="must be positive and add up to 6"):
+        short_conv_parts(x, weight, widths)
 
 
 @pytest.mark.parametrize("at", [1, 2, 11])

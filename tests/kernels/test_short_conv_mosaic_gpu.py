@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.short_conv import mosaic_gpu, reference, short_conv
+from pallas_kernels.short_conv import mosaic_gpu, reference, short_conv, short_conv_parts
 from pallas_kernels.testing import assert_all_close, generator
 
 # Error ratio to the definition in float32, from the same inputs: the rounding of the results; measured 1.7e-3, 2e-4.
@@ -41,23 +41,34 @@ def _values_and_gradients(convolve, x, weight, cache, dy, ids):
     return {"y": y, "cache": last, **gradients}
 
 
+def _joined(convolve, cuts):
+    """`convolve`, which returns what begins at 0 and at `cuts`, as one that returns the whole."""
+
+    def whole(x, weight, **optional):
+        *ys, last = convolve(x, weight, cuts=cuts, **optional)
+        return jnp.concatenate(ys, axis=2), last
+
+    return whole
+
+
 def _want(x, weight, cache, dy, ids):
     wide = [None if a is None else jnp.asarray(a, jnp.float32) for a in (x, weight, cache, dy)]
     return jax.jit(functools.partial(_values_and_gradients, reference.short_conv))(*wide, ids)
 
 
-LOWERED = {  # B, T, D, W, segments, cache
-    "training": (2, 4096, 1024, 4, "none", False),
-    "packed": (2, 200, 384, 4, "packed", False),
-    "prefill": (3, 32, 256, 3, "holes", True),
+LOWERED = {  # B, T, D, W, segments, cache, cuts
+    "training": (2, 4096, 3072, 4, "none", False, (1024, 2048)),
+    "packed": (2, 200, 384, 4, "packed", False, ()),
+    "prefill": (3, 32, 256, 3, "holes", True, ()),
 }
 
 
 @pytest.mark.parametrize("settings", LOWERED.values(), ids=LOWERED)
 def test_every_configuration_lowers_for_cuda(settings):
-    B, T, D, W, segments, carried = settings
+    B, T, D, W, segments, carried, cuts = settings
     x, weight, cache, dy = _inputs(B, T, D, W)
-    call = functools.partial(_values_and_gradients, mosaic_gpu.short_conv, ids=_segments(segments, B, T))
+    convolve = _joined(mosaic_gpu.short_conv, cuts)
+    call = functools.partial(_values_and_gradients, convolve, ids=_segments(segments, B, T))
     traced = jax.jit(call).trace(x, weight, cache if carried else None, dy)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2
 
@@ -66,18 +77,26 @@ def test_every_configuration_lowers_for_cuda(settings):
 def interpreted(monkeypatch):
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
     monkeypatch.setattr(mosaic_gpu, "TOKENS", 16)
+    monkeypatch.setattr(mosaic_gpu, "GRADIENT_TOKENS", 16)
 
 
-@pytest.mark.parametrize(("segments", "carried"), [("none", False), ("holes", False), ("holes", True)])
-def test_the_interpreted_kernels_equal_the_definition(segments, carried, interpreted):
+INTERPRETED = {  # segments, cache, D, cuts
+    "none": ("none", False, 128, ()),
+    "holes": ("holes", False, 384, (128,)),
+    "cache": ("holes", True, 256, (128,)),
+}
+
+
+@pytest.mark.parametrize("settings", INTERPRETED.values(), ids=INTERPRETED)
+def test_the_interpreted_kernels_equal_the_definition(settings, interpreted):
     """Padding holds nan."""
-    B, T, D = 2, 24, 128
+    (segments, carried, D, cuts), B, T = settings, 2, 24
     x, weight, cache, dy = _inputs(B, T, D)
     ids = _segments(segments, B, T)
     if ids is not None:
         x, dy = (np.where((ids == 0)[..., None], a.dtype.type(np.nan), a) for a in (x, dy))
     arguments = (x, weight, cache if carried else None, dy, ids)
-    got = jax.jit(functools.partial(_values_and_gradients, mosaic_gpu.short_conv))(*arguments)
+    got = jax.jit(functools.partial(_values_and_gradients, _joined(mosaic_gpu.short_conv, cuts)))(*arguments)
     assert_all_close(got, _want(*arguments), TOLERANCE["bfloat16"])
 
 
@@ -94,15 +113,18 @@ def test_refusals_name_the_reason():
     assert "float32" in mosaic_gpu.unserved(x.astype(jnp.float32), weight)
     assert "T=1," in mosaic_gpu.unserved(x[:, :1], weight)
     assert "D=100" in mosaic_gpu.unserved(x[..., :100], weight[:100])
+    assert "D=(100, 156)" in mosaic_gpu.unserved(x, weight, (100,))
     assert "W=5" in mosaic_gpu.unserved(x, jnp.zeros((256, 5)))
     if jax.default_backend() != "gpu":
         assert "GPU" in mosaic_gpu.refuse(x, weight)
 
 
-ON_GPU = {  # B, T, D, W, dtype, cache
-    "training": (2, 1024, 1024, 4, "bfloat16", False),
-    "tail": (3, 200, 384, 4, "bfloat16", False),
-    "prefill": (2, 72, 512, 3, "float16", True),
+ON_GPU = {  # B, T, D, W, dtype, cache, widths
+    "training": (2, 1024, 1024, 4, "bfloat16", False, (1024,)),
+    "joined": (2, 1024, 1536, 4, "bfloat16", False, (512, 256, 768)),
+    "tail": (3, 200, 384, 4, "bfloat16", False, (384,)),
+    "prefill": (2, 72, 512, 3, "float16", True, (512,)),
+    "joined prefill": (2, 72, 512, 3, "float16", True, (128, 128, 256)),
 }
 
 
@@ -110,13 +132,18 @@ ON_GPU = {  # B, T, D, W, dtype, cache
 @pytest.mark.parametrize("segments", ["none", "packed", "holes"])
 @pytest.mark.parametrize("settings", ON_GPU.values(), ids=ON_GPU)
 def test_the_kernels_equal_the_definition(settings, segments):
-    B, T, D, W, dtype, carried = settings
+    B, T, D, W, dtype, carried, widths = settings
     x, weight, cache, dy = _inputs(B, T, D, W, dtype)
     ids = _segments(segments, B, T)
     if ids is not None:
         x, dy = (np.where((ids == 0)[..., None], a.dtype.type(np.nan), a) for a in (x, dy))
     arguments = (x, weight, cache if carried else None, dy, ids)
-    run = jax.jit(functools.partial(_values_and_gradients, functools.partial(short_conv, implementation="mosaic_gpu")))
+
+    def convolve(x, weight, **optional):
+        ys, last = short_conv_parts(x, weight, widths, implementation="mosaic_gpu", **optional)
+        return jnp.concatenate(ys, axis=2), last
+
+    run = jax.jit(functools.partial(_values_and_gradients, convolve))
     got = run(*arguments)
     assert_all_close(got, _want(*arguments), TOLERANCE[dtype])
     for name, again in run(*arguments).items():

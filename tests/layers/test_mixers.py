@@ -12,7 +12,9 @@ from pydantic import TypeAdapter
 
 from kimi_jax.config.mixer import GdnMixer, KdaMixer, Mamba2Mixer, Mixer, MlaMixer
 from kimi_jax.config.model import MoeFfn
+from kimi_jax.layers import qkv
 from kimi_jax.layers.param import normal
+from kimi_jax.layers.qkv import ConvolvedQkv
 from kimi_jax.models.block import MIXERS
 from pallas_kernels.grouped_matmul import api as grouped_matmul_api
 from pallas_kernels.kda import api as kda_api
@@ -145,3 +147,24 @@ def test_left_padding_equals_a_shift(mixer):
 def test_configs_name_only_implementations_that_exist(config):
     names = set(typing.get_args(config.model_fields["implementation"].annotation))
     assert "auto" in names and names - {"auto"} <= set(OPERATORS[config])
+
+
+@pytest.mark.parametrize("variant", ["kda_bounded_swish_grouped", "kda_head_ungated_unconvolved"])
+def test_joined_projections_are_those_of_each_stream(variant, monkeypatch):
+    """Queries, keys and values of several widths, with caches and padding, and their gradients."""
+    cfg = TypeAdapter(Mixer).validate_python(VARIANTS[variant])
+    graphdef, params = nnx.split(ConvolvedQkv(cfg, model_dim=D, std=0.5, rngs=nnx.Rngs(params=0)))
+    x, ids = draw(1), np.sort(np.arange(3 * T).reshape(3, T) % 4, axis=1).astype(np.int32)
+    cache = jax.tree.map(jnp.cos, nnx.merge(graphdef, params).init_cache(3, jnp.float32))
+
+    def results():
+        def run(params, x, cache):
+            y, pull = jax.vjp(lambda *arrays: nnx.merge(graphdef, arrays[0])(*arrays[1:], ids), params, x, cache)
+            return y, pull(jax.tree.map(jnp.sin, y))
+
+        return jax.tree.leaves(jax.jit(run)(params, x, cache))
+
+    joined = results()
+    monkeypatch.setattr(qkv, "is_longer", lambda *_: False)
+    for got, want in zip(joined, results(), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
