@@ -140,8 +140,8 @@ def _swiglu_gradients(clear, dtypes, group_sizes, dy, x, gate, up, down, scale, 
     plan = plan_tiles(group_sizes, x.shape[0], clear)
     d_gated, d_raised, d_scale = swiglu_gradients(plan, dy, down, gated, raised, scale, config=CONFIG)
     dx = multiply_rows(plan, [(d_gated, gate), (d_raised, up)], transposed=True, config=CONFIG)
-    # The matrices' last use before their gradients: the optimizer may write onto them.
-    dx, d_gated, d_raised = jax.lax.optimization_barrier((dx, d_gated, d_raised))
+    # The matrices' last use before their gradients: else the optimizer, which writes onto them, would need copies.
+    dx, d_gated, d_raised, hidden = jax.lax.optimization_barrier((dx, d_gated, d_raised, hidden))
     factors = zip((x, x, hidden), (d_gated, d_raised, dy), dtypes, strict=True)
     gradients = (multiply_transposed(a, b, group_sizes, dtype=dtype, config=CONFIG) for a, b, dtype in factors)
     return dx, *gradients, d_scale
