@@ -110,3 +110,16 @@ def apart(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 apart.defvjp(lambda x: (apart(x), None), lambda _, dx: (dx,))
+
+
+@jax.custom_vjp
+def each_apart(*weights: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
+    """Weights that one product joins: their gradients become arrays of their own.
+
+    Of parts of one array XLA makes one update of all these parameters, which spills registers, and copies what it then
+    may not write onto.
+    """
+    return weights
+
+
+each_apart.defvjp(lambda *weights: (weights, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))

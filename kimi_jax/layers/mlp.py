@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from kimi_jax.config.model import DenseFfn
-from kimi_jax.layers.linear import is_longer, project
+from kimi_jax.layers.linear import each_apart, is_longer, project
 from kimi_jax.layers.param import normal, param
 
 
@@ -22,7 +22,7 @@ class SwiGlu(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         weights = self.gate[...], self.up[...]
         if is_longer(x_BTD, weights):  # beside each other, not one after the other: so each device keeps its part of F
-            both_BTFG = project("BTD,DFG->BTFG", x_BTD, jnp.stack(weights, axis=-1))
+            both_BTFG = project("BTD,DFG->BTFG", x_BTD, jnp.stack(each_apart(*weights), axis=-1))
         else:
             both_BTFG = jnp.stack([project("BTD,DF->BTF", x_BTD, w) for w in weights], axis=-1)
         return project("BTF,FD->BTD", swiglu(both_BTFG), self.down[...])

@@ -7,7 +7,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from kimi_jax.config.mixer import LinearMixer
 from kimi_jax.layers.cache import ConvCache
-from kimi_jax.layers.linear import fan_out, is_longer, project
+from kimi_jax.layers.linear import each_apart, fan_out, is_longer, project
 from kimi_jax.layers.param import normal, param
 from kimi_jax.layers.short_conv import build_conv
 from pallas_kernels.partition import HEAD_AXES, free_axes_of
@@ -36,7 +36,7 @@ class ConvolvedQkv(nnx.Module):
         weights = [weight[...] for weight in (self.query, self.key, self.value)]
         convs, caches = (self.query_conv, self.key_conv, self.value_conv), cache or (None,) * 3
         if self._joins(x_BTD, weights):
-            weight = jnp.concatenate([w.reshape(w.shape[0], -1) for w in weights], axis=1)
+            weight = jnp.concatenate([w.reshape(w.shape[0], -1) for w in each_apart(*weights)], axis=1)
             joined = project("BTD,DR->BTR", x_BTD, weight)
             results, caches = convs[0].of_joined(convs, joined, caches, segment_ids_BT)
             results = [y.reshape(*y.shape[:2], *w.shape[1:]) for y, w in zip(results, weights, strict=True)]
