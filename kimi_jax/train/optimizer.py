@@ -209,13 +209,14 @@ def round_stochastically(
 
 
 def _hash_positions(shape: tuple[int, ...], stream: UInt32[Array, ""], draw: UInt32[Array, ""]) -> UInt32[Array, "..."]:
-    """The mixer of a 32-bit hash (Ellis, lowbias32) over a counter.
+    """The mixer of a 32-bit hash (Ellis, lowbias32) over a counter, one flat one.
 
-    One flat counter, to which the seeds are added first: parts of it that parameters of one shape have in common would
-    make XLA update all of these in one kernel, which spills.
+    The parameter's seed comes to every element, at the start: as a number of its own it would be a kernel for each
+    parameter, and more that parameters of one shape have in common would make XLA update all in one kernel, which
+    spills.
     """
-    seed = (draw * jnp.uint32(0x85EBCA6B)) ^ (stream * jnp.uint32(0xC2B2AE35))
-    x = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) + seed
+    x = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) + draw * jnp.uint32(0x85EBCA6B)
+    x = x ^ (stream * jnp.uint32(0xC2B2AE35))
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
