@@ -10,7 +10,7 @@ from pallas_kernels.rms_norm import mosaic_gpu, reference
 
 __all__ = ["IMPLEMENTATIONS", "rms_norm_gradients"]
 
-# Fastest first. The gradient of the gain comes in parts, [some, some, D].
+# Fastest first. The gradient of the gain is the sum of what they return over its first two axes.
 IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(mosaic_gpu.rms_norm_gradients, mosaic_gpu.refuse),
     "reference": Implementation(reference.rms_norm_gradients),
