@@ -24,8 +24,10 @@ def place_rows(group: Int[Array, "T k"], num_groups: int) -> tuple[Int[Array, "T
     Returns:
       The row of each pair, every row once; the number of rows of each group.
     """
-    group_kT = group.T
-    chosen_ET = jnp.sum(jax.nn.one_hot(group_kT, num_groups + 1, dtype=jnp.int32, axis=0), 1)
+    group_kT, number_E1 = group.T, jnp.arange(num_groups + 1, dtype=jnp.int32)[:, None]
+    # Written to memory, and term by term: XLA makes a slow kernel of so short a reduction.
+    chosen_ET = sum((group_kT[j : j + 1] == number_E1).astype(jnp.int32) for j in range(len(group_kT)))
+    chosen_ET = jax.lax.optimization_barrier(chosen_ET)
     through_ET = jnp.cumsum(chosen_ET, 1)
     sizes = through_ET[:, -1]
     before_ET = (through_ET - chosen_ET) + sum_before(sizes)[:, None]
