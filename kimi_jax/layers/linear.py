@@ -40,14 +40,14 @@ def _project_bwd(spec, saved, dy):
     terms, out = spec.split("->")
     inputs, axes = terms.split(",")
     dx = jnp.einsum(f"{out},{axes}->{inputs}", dy, weight.astype(x.dtype))
-    dw = _weight_gradient(inputs, out, axes, x, dy)
+    dw = weight_gradient(inputs, out, axes, x, dy)
     return dx, dw.astype(weight.dtype)
 
 
 _project.defvjp(_project_fwd, _project_bwd)
 
 
-def _weight_gradient(inputs: str, out: str, axes: str, x, dy):
+def weight_gradient(inputs: str, out: str, axes: str, x, dy):
     """Sums over tokens. For several models at once (`jax.vmap`) tokens are one axis: of products that sum over two axes
     and have one of models XLA transposes an operand, in memory."""
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from kimi_jax.config.model import DenseFfn
-from kimi_jax.layers.linear import each_apart, is_longer, project
+from kimi_jax.layers.linear import each_apart, is_longer, project, weight_gradient
 from kimi_jax.layers.param import normal, param
+from pallas_kernels.remat import remake
+from pallas_kernels.swiglu.api import swiglu, swiglu_product, swiglu_product_gradient
 
 
 class SwiGlu(nnx.Module):
@@ -20,36 +23,41 @@ class SwiGlu(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        weights = self.gate[...], self.up[...]
-        if is_longer(x_BTD, weights):  # beside each other, not one after the other: so each device keeps its part of F
-            both_BTFG = project("BTD,DFG->BTFG", x_BTD, jnp.stack(each_apart(*weights), axis=-1))
-        else:
-            both_BTFG = jnp.stack([project("BTD,DF->BTF", x_BTD, w) for w in weights], axis=-1)
-        return project("BTF,FD->BTD", swiglu(both_BTFG), self.down[...])
+        gate, up, down = (w[...] for w in (self.gate, self.up, self.down))
+        if is_longer(x_BTD, (gate, up)):
+            return checkpoint_name(run_block(x_BTD, *each_apart(gate, up), down), "products")
+        both_BTGF = jnp.stack([project("BTD,DF->BTF", x_BTD, w) for w in (gate, up)], axis=-2)
+        return project("BTF,FD->BTD", swiglu(both_BTGF), down)
 
 
 @jax.custom_vjp
-def swiglu(both: Float[Array, "*B F 2"]) -> Float[Array, "*B F"]:
-    """silu(gate) up, computed in float32 and rounded once; the backward pass keeps the argument alone."""
-    gate, up = (both[..., i].astype(jnp.float32) for i in range(2))
-    return (gate * jax.nn.sigmoid(gate) * up).astype(both.dtype)
+def run_block(
+    x: Float[Array, "B T D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], down: Float[Array, "F D"]
+) -> Float[Array, "B T D"]:
+    """down(silu(gate x) * up x) in the dtype of x; gradients of the matrices are summed in float32, as by `project`.
+
+    Rematerialisation knows both products as "products"; SwiGLU of them is made again where it keeps these alone.
+    """
+    return _forward(x, gate, up, down)[0]
 
 
-def _swiglu_forward(both):
-    return swiglu(both), both
+def _forward(x, gate, up, down):
+    hidden, both = swiglu_product(x, gate.astype(x.dtype), up.astype(x.dtype))
+    both = checkpoint_name(both, "products")
+    hidden = remake(hidden, swiglu, both)
+    return jnp.einsum("BTF,FD->BTD", hidden, down.astype(x.dtype)), (x, gate, up, down, hidden, both)
 
 
-def _swiglu_backward(both, dy):
-    """One expression for each number of the result: what two had in common XLA would write to memory first."""
-    both = jax.lax.optimization_barrier(both)
-    wide = lambda x: jnp.broadcast_to(x.astype(jnp.float32), both.shape)
-    gate, up, dy = (wide(x) for x in (both[..., :1], both[..., 1:], dy[..., None]))
-    sigmoid = jax.nn.sigmoid(gate)
-    of_gate = jax.lax.broadcasted_iota(jnp.int32, both.shape, both.ndim - 1) == 0
-    return ((dy * sigmoid * jnp.where(of_gate, up * (1 + gate * (1 - sigmoid)), gate)).astype(both.dtype),)
+def _backward(saved, dy):
+    """Both gradients lie beside each other, not one behind the other: so each device keeps its part of F."""
+    x, gate, up, down, hidden, both = saved
+    d_both = swiglu_product_gradient(dy, down.astype(x.dtype), both)
+    dx = jnp.einsum("BTGF,DGF->BTD", d_both, jnp.stack([gate, up], axis=1).astype(x.dtype))
+    d_gate, d_up = jnp.unstack(weight_gradient("BTD", "BTGF", "DGF", x, d_both).astype(gate.dtype), axis=1)
+    return dx, d_gate, d_up, weight_gradient("BTF", "BTD", "FD", hidden, dy).astype(down.dtype)
 
 
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+run_block.defvjp(_forward, _backward)
 
 
 class Mlp(SwiGlu):

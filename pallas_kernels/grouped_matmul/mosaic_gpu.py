@@ -138,7 +138,7 @@ def _swiglu_backward(clear, saved, dy):
 
 def _swiglu_gradients(clear, dtypes, group_sizes, dy, x, gate, up, down, scale, gated, raised, hidden):
     plan = plan_tiles(group_sizes, x.shape[0], clear)
-    d_gated, d_raised, d_scale = swiglu_gradients(plan, dy, down, gated, raised, scale, config=CONFIG)
+    (d_gated, d_raised), d_scale = swiglu_gradients(plan, dy, down, (gated, raised), scale, config=CONFIG)
     dx = multiply_rows(plan, [(d_gated, gate), (d_raised, up)], transposed=True, config=CONFIG)
     # The matrices' last use before their gradients: else the optimizer, which writes onto them, would need copies.
     dx, d_gated, d_raised, hidden = jax.lax.optimization_barrier((dx, d_gated, d_raised, hidden))

@@ -1,6 +1,8 @@
 """SwiGLU of every row's group on Hopper: in the epilogue of the products before it, and of the gradient's product."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,20 +47,28 @@ def swiglu_rows(
     x: Float[Array, "M D"],
     gate: Float[Array, "E D F"],
     up: Float[Array, "E D F"],
-    scale: Float[Array, "M"],
+    scale: Float[Array, "M"] | None,
     *,
     config: TileConfig,
-) -> tuple[Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M F"]]:
+    joined: bool = False,
+) -> tuple[Float[Array, "M F"], *tuple[Array, ...]]:
     """Returns (scale silu(g) u, g, u) with g and u the products of x with the matrices of each row's group.
 
-    The first comes from the float32 products; all are zero behind the last group. Arguments as for `multiply_rows`.
+    The first comes from the float32 products; all are zero behind the last group.
+
+    Args:
+      scale: None for 1; other arguments as for `multiply_rows`.
+      joined: whether g and u are one array, [M, 2, F].
     """
     depth, stages, dtype = config.depth, config.stages, x.dtype
     (num_rows, D), F = x.shape, gate.shape[2]
     width, at_a_time = _half_width(F, config.columns // 2), piece_width(dtype)
     across, pieces = -(-F // width), width // at_a_time
 
-    def grouped_swiglu(tiles, count, x, gate, up, scale, h, g, u, left, right, staged, full, empty):
+    def grouped_swiglu(tiles, count, x, gate, up, *refs):
+        *refs, left, right, staged, full, empty = refs
+        scales, (h,), pair = _split(refs, len(scaled), 1, 2 - joined)
+        g, u = _halves(pair)
         mine = pl.ds(lax.axis_index("warpgroup") * HEIGHT, HEIGHT)
 
         def load(tile, step, slot):
@@ -73,7 +83,8 @@ def swiglu_rows(
 
         def finish(tile, values, take):
             gated, raised = values
-            hidden = cut(_by_row(scale, tile, width) * raised * gated * _sigmoid(gated), dtype)
+            scaled_raised = _by_row(scales[0], tile, width) * raised if scales else raised
+            hidden = cut(scaled_raised * gated * _sigmoid(gated), dtype)
             rows = own_rows(tile)
             for i in range(pieces):  # at once: registers do not hold all three results
                 store_rows(staged, rows, i, hidden, i, h, tile.column * width + i * at_a_time)
@@ -97,36 +108,40 @@ def swiglu_rows(
         staging(dtype, config),
         *barriers(stages, 3),
     ]
-    result = jax.ShapeDtypeStruct((num_rows, F), dtype)
-    return launch(grouped_swiglu, [result] * 3, scratch)(*plan, x, gate, up, scale)
+    scaled = [] if scale is None else [scale]
+    results = [jax.ShapeDtypeStruct((num_rows, F), dtype), *_pair(num_rows, F, dtype, joined)]
+    return launch(grouped_swiglu, results, scratch)(*plan, x, gate, up, *scaled)
 
 
 def swiglu_gradients(
     plan: tuple[Int[Array, "N 4"], Int[Array, "1"]],
     dy: Float[Array, "M D"],
     down: Float[Array, "E F D"],
-    g: Float[Array, "M F"],
-    u: Float[Array, "M F"],
-    scale: Float[Array, "M"],
+    pair: Sequence[Array],
+    scale: Float[Array, "M"] | None,
     *,
     config: TileConfig,
-) -> tuple[Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M"]]:
+) -> tuple[list[Array], Float[Array, "M"] | None]:
     """Takes dy back through the matrices `down` and through the SwiGLU of `swiglu_rows`.
 
     g and u come in through the buffers of the products, in pieces as deep as a step, loaded ahead like these; their
     gradients leave from where they were.
 
+    Args:
+      pair: g and u, or one array of both.
+
     Returns:
-      Gradients of g, of u and of scale; zero behind the last group.
+      (gradients of the pair, that of scale); zero behind the last group.
     """
     depth, stages, dtype = config.depth, config.stages, dy.dtype
     (num_rows, D), F = dy.shape, down.shape[1]
     width = tile_width(F, config.columns)
-    across, pieces = -(-F // width), width // depth
+    across, pieces, joined = -(-F // width), width // depth, len(pair) == 1
 
-    def grouped_swiglu_gradient(
-        tiles, count, dy, down, g, u, scale, dg, du, d_scale, left, right, spare, numbers, full, empty
-    ):
+    def grouped_swiglu_gradient(tiles, count, dy, down, *refs):
+        *refs, left, right, spare, numbers, full, empty = refs
+        pairs, scales, d_pairs, d_scales = _split(refs, *[len(pair), len(scaled)] * 2)
+        (g, u), (dg, du) = _halves(pairs), _halves(d_pairs)
         mine = pl.ds(lax.axis_index("warpgroup") * HEIGHT, HEIGHT)
 
         def load(tile, step, slot):
@@ -148,7 +163,8 @@ def swiglu_gradients(
             plgpu.wgmma(accumulators[0], left.at[slot, mine], right.at[slot].T)
 
         def finish(tile, values, take):
-            rows, factor, sums = own_rows(tile), _by_row(scale, tile, depth), None
+            rows, sums = own_rows(tile), 0.0
+            factor = _by_row(scales[0], tile, depth) if scales else 1.0
 
             def leave(slot, outstanding):
                 plgpu.wait_smem_to_gmem(outstanding, wait_read_only=True)
@@ -161,15 +177,16 @@ def swiglu_gradients(
                 d_hidden = values[0][:, i * depth : (i + 1) * depth]
                 sigmoid = _sigmoid(gated)
                 silu = gated * sigmoid
+                if scales:
+                    sums += jnp.sum(d_hidden * (silu * raised), axis=1)
                 d_scaled = d_hidden * factor
-                part = jnp.sum(d_hidden * (silu * raised), axis=1)
-                sums = part if sums is None else sums + part
                 d_gated = d_scaled * raised * (sigmoid + silu * (1.0 - sigmoid))
                 results, column = ((d_gated, dg), (d_scaled * silu, du)), tile.column * width + i * depth
                 store_from(rooms, spare, rows, [(value.astype(dtype), y, column) for value, y in results])
                 if i:
                     leave(before, 1)
-            store_number(numbers, spare, rows, sums, d_scale.at[tile.column])
+            for d_scale in d_scales:
+                store_number(numbers, spare, rows, sums, d_scale.at[tile.column])
             leave(slot, 0)
 
         work = Work(describe_tiles(tiles, down.shape[0], across, D // depth), load, multiply, finish, pieces)
@@ -181,10 +198,29 @@ def swiglu_gradients(
         *row_staging(dtype),
         *barriers(stages, 2),
     ]
-    result, sums = jax.ShapeDtypeStruct((num_rows, F), dtype), jax.ShapeDtypeStruct((across, num_rows, NUMBERS), f32)
-    run = launch(grouped_swiglu_gradient, [result, result, sums], scratch, auto_barriers=False)
-    dg, du, d_scale = run(*plan, dy, down, g, u, scale)
-    return dg, du, jnp.sum(d_scale[:, :, 0], 0)
+    scaled = [] if scale is None else [scale]
+    sums = [jax.ShapeDtypeStruct((across, num_rows, NUMBERS), f32)] * len(scaled)
+    results = [*_pair(num_rows, F, dtype, joined), *sums]
+    run = launch(grouped_swiglu_gradient, results, scratch, auto_barriers=False)
+    results = run(*plan, dy, down, *pair, *scaled)
+    return results[: len(pair)], jnp.sum(results[-1][:, :, 0], 0) if scaled else None
+
+
+def _pair(rows: int, columns: int, dtype, joined: bool) -> list[jax.ShapeDtypeStruct]:
+    """Two arrays, or one of both."""
+    shape = (rows, 2, columns) if joined else (rows, columns)
+    return [jax.ShapeDtypeStruct(shape, dtype)] * (2 - joined)
+
+
+def _split(refs: Sequence, *numbers: int) -> list[list]:
+    """The first of them, those behind these, and so on."""
+    remaining = iter(refs)
+    return [list(itertools.islice(remaining, number)) for number in numbers]
+
+
+def _halves(refs: Sequence) -> Sequence:
+    """Both arrays of a `_pair`."""
+    return refs if len(refs) == 2 else [refs[0].at[:, i] for i in range(2)]
 
 
 def _half_width(columns: int, widest: int) -> int:
