@@ -235,8 +235,9 @@ def cotangent_scale(
     size = jnp.abs(do.astype(jnp.float32))
     if padding is not None:
         size = jnp.where(padding[..., None, None], 0.0, size)
+    of_tokens = lax.optimization_barrier(jnp.max(size, axis=3))  # along memory first: 27 us for 33, of 32768 tokens
     final = jnp.abs(lax.optimization_barrier(dfinal))  # mostly zeros that XLA would fold for seconds
-    largest = jnp.maximum(jnp.max(size, axis=(1, 3)), jnp.max(final, axis=(2, 3)))
+    largest = jnp.maximum(jnp.max(of_tokens, axis=1), jnp.max(final, axis=(2, 3)))
     largest = lax.pmax(largest, axis) if axis else largest
     _, exponent = jnp.frexp(largest)
     return jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -100, 100))
