@@ -1,12 +1,13 @@
 """Short convolution on Hopper: every input is read once and every result written once, a window of tokens in registers.
 
-Rows of tokens are addressed through an order that has padding last, so that a window is always the tokens before.
+Tiles of tokens come through shared memory, several ahead of the one in work, and results leave from where inputs stood.
+Packed rows are addressed token by token, through an order that has padding last: a window is always the tokens before.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,11 @@ f32, i32 = jnp.float32, jnp.int32
 LOG2E = math.log2(math.e)
 DTYPES = (jnp.bfloat16, jnp.float16)
 THREADS = 128
-VECTORS = (4, 2, 1)  # channels per thread, the widest first
-GRADIENT_VECTORS = (2, 1)  # wider ones take registers from other blocks
-GROUP = 8  # tokens whose loads are in flight together
+VECTORS = (2, 1)  # channels per thread, the widest first: a tile has at most 256
+PACKED_VECTORS = (4, 2, 1)  # of the forward kernel without tiles
+GROUP = 8  # tokens of a tile, or those whose loads are in flight together
+PACKED_GROUP = 4  # tokens of the backward kernel without tiles: more of them take registers from other blocks
+TILES = 4  # of each array in shared memory, at least 2
 TOKENS, GRADIENT_TOKENS = 64, 128  # per block
 WIDEST = 4  # taps: what fits in registers
 
@@ -123,15 +126,17 @@ def convolve(
 
 def _convolve(widths, x, taps, history, order, reach):
     (B, T, _), W = x.shape, taps.shape[1]
-    vector = _widest(VECTORS, widths)
     carried, packed = history is not None, order is not None
+    vector = _widest(PACKED_VECTORS if packed else VECTORS, widths)
 
     def short_conv_forward(x, taps, *refs):
-        refs, outputs = refs[: -len(widths)], refs[-len(widths) :]
+        refs, outputs, scratch = _split(refs, len(refs) - len(widths) - 2 * (not packed), len(widths))
         history = refs[0] if carried else None
         order, reach = refs[-2:] if packed else (None, None)
         b, first, channels, load = _place(vector, TOKENS)
-        weights = [LOG2E * load(taps.at[b, d, channels]).astype(f32) for d in range(W)]
+        weights = [LOG2E * load(taps.at[b, d, channels]) for d in range(W)]
+        groups = lax.div(jnp.minimum(T - first, TOKENS), GROUP)
+        part = functools.partial(_in_part, outputs, widths, vector)
 
         def before(d):  # the input d places before the block
             place = first - d
@@ -140,30 +145,45 @@ def _convolve(widths, x, taps, history, order, reach):
             old = load(history.at[b, jnp.minimum(place + W - 1, W - 2), channels]) if carried else jnp.zeros_like(row)
             return _where(place >= 0, row, old).astype(f32)
 
-        def group(n, window):
-            places = [first + n * GROUP + u for u in range(GROUP)]
-            tokens = [order[b, place] if packed else place for place in places]
-            rows = [load(x.at[b, token, channels]) for token in tokens]
+        def convolved(rows, backs, window):
             results = []
-            for place, row in zip(places, rows, strict=True):
+            for row, back in zip(rows, backs, strict=True):
                 inputs = [row.astype(f32), *window]
-                linear = _linear(weights, _seen(inputs, reach[b, place] if packed else None))
+                linear = _linear(weights, _seen(inputs, back))
                 results.append((linear * _sigmoid(linear) / LOG2E).astype(row.dtype))
                 window = inputs[: W - 1]
+            return results, window
+
+        def packed_group(n, window):
+            places = [first + n * GROUP + u for u in range(GROUP)]
+            tokens = [order[b, place] for place in places]
+            rows = [load(x.at[b, token, channels]) for token in tokens]
+            results, window = convolved(rows, [reach[b, place] for place in places], window)
 
             def write(y, channels):
                 for token, result in zip(tokens, results, strict=True):
                     y.at[b, token, channels][...] = result
 
-            _in_part(outputs, widths, vector, write)
+            part(write)
             return window
 
-        groups = lax.div(jnp.minimum(T - first, TOKENS), GROUP)
-        lax.fori_loop(0, groups, group, [before(d) for d in range(1, W)])
+        def group(n, window):
+            (rows,), put = ring.take(n, load)
+            results, window = convolved(rows, [None] * GROUP, window)
+            put(results, lambda tile: part(lambda y, channels: plgpu.copy_smem_to_gmem(tile, y.at[b, at(n), channels])))
+            return window
+
+        at = lambda n: pl.ds(first + n * GROUP, GROUP)
+        if not packed:
+            ring = _Ring(*scratch, groups, [lambda n, fetch: fetch(x.at[b, at(n), channels])])
+        lax.fori_loop(0, groups, packed_group if packed else group, [before(d) for d in range(1, W)])
+        if not packed:
+            plgpu.wait_smem_to_gmem(0)
 
     given = [z for z in (history, order, reach) if z is not None]
     outs = [jax.ShapeDtypeStruct((B, T, width), x.dtype) for width in widths]
-    return _launch(short_conv_forward, outs, x.shape, vector, TOKENS)(x, taps, *given)
+    scratch = [] if packed else _ring_memory(1, vector, x.dtype)
+    return _launch(short_conv_forward, outs, x.shape, vector, TOKENS, scratch)(x, taps, *given)
 
 
 def _convolve_forward(widths, x, taps, history, order, reach):
@@ -201,68 +221,134 @@ def gradients(x, taps, dys, order, reach) -> tuple[Float[Array, "B T D"], Float[
 def _gradients(x, taps, dys, order, reach):
     (B, T, D), W = x.shape, taps.shape[1]
     widths = tuple(dy.shape[2] for dy in dys)
-    vector, packed = _widest(GRADIENT_VECTORS, widths), order is not None
+    vector, packed = _widest(VECTORS, widths), order is not None
 
     def short_conv_backward(x, taps, *refs):
-        *refs, dx, d_taps = refs
-        dys, (order, reach) = refs[: len(widths)], refs[len(widths) :] if packed else (None, None)
+        dys, refs, (dx, d_taps), scratch = _split(refs, len(widths), 2 * packed, 2)
+        order, reach = refs if packed else (None, None)
         b, first, channels, load = _place(vector, GRADIENT_TOKENS)
         weights = [LOG2E * load(taps.at[b, d, channels]) for d in range(W)]
-        end = jnp.minimum(first + GRADIENT_TOKENS, T)
+        size = PACKED_GROUP if packed else GROUP
+        groups = lax.div(jnp.minimum(T - first, GRADIENT_TOKENS), size)
+        part = functools.partial(_in_part, dys, widths, vector)
 
-        def tokens_of(ref, start, number, channels):
-            start = jnp.minimum(start, T - number)
-            if packed:
-                return [ref.at[b, order[b, start + u], channels] for u in range(number)]
-            part = ref.at[b, pl.ds(start, number), channels]
-            return [part.at[u] for u in range(number)]
+        def locate(place):
+            place = jnp.clip(place, 0, T - 1)
+            return order[b, place] if packed else place
+
+        def reach_of(place):
+            return jnp.where(place < T, reach[b, jnp.minimum(place, T - 1)], -1) if packed else None
 
         def before(d):
-            (row,) = tokens_of(x, jnp.maximum(first - d, 0), 1, channels)
-            return _where(first >= d, load(row).astype(f32))
+            return _where(first >= d, load(x.at[b, locate(first - d), channels]).astype(f32))
 
-        def token(place, row, slope, window, pending, sums):
+        def token(row, slope, back, window, pending, sums):
             """Adds what a token passes back to itself and the tokens before it, `pending`; then the oldest is done."""
             inputs = [row.astype(f32), *window]
-            back = reach[b, jnp.minimum(place, T - 1)] if packed else None
             seen = _seen(inputs, back)
             d_linear = slope.astype(f32) * _slope(_linear(weights, seen))
-            if packed:
+            if back is not None:
                 d_linear = _where(back >= 0, d_linear)
-            if sums is None:
-                d_linear = _where(place < T, d_linear)
-            else:
-                sums = [total + z * d_linear for total, z in zip(sums, seen, strict=True)]
+            sums = [total + z * d_linear for total, z in zip(sums, seen, strict=True)]
             own, *passed = _seen([weight * d_linear for weight in reversed(weights)], back)
             *pending, done = [own, *(a + z for a, z in zip(pending, passed, strict=True))]
-            return inputs[: W - 1], pending, sums, done.astype(dx.dtype)
+            return done.astype(dx.dtype), inputs[: W - 1], pending, sums
 
-        def some(start, number, window, pending, sums, skipped=0):
-            """Takes so many tokens; the first results are skipped, as those of another block."""
-            read = lambda ref, channels: [load(row) for row in tokens_of(ref, start, number, channels)]
-            rows, slopes = read(x, channels), _in_part(dys, widths, vector, read)
-            targets = tokens_of(dx, start + skipped - W + 1, number - skipped, channels)
-            for u in range(number):
-                window, pending, sums, done = token(start + u, rows[u], slopes[u], window, pending, sums)
-                if u >= skipped:
-                    targets[u - skipped][...] = done
-            return window, pending, sums
+        def some(rows, slopes, backs, carry):
+            results = []
+            for arguments in zip(rows, slopes, backs, strict=True):
+                done, *carry = token(*arguments, *carry)
+                results.append(done)
+            return results, tuple(carry)
+
+        def addressed(start, number):
+            places = [start + u for u in range(number)]
+            tokens = [locate(place) for place in places]
+            rows = [load(x.at[b, token, channels]) for token in tokens]
+            slopes = part(lambda dy, channels: [load(dy.at[b, token, channels]) for token in tokens])
+            return rows, slopes, [reach_of(place) for place in places]
+
+        def packed_group(n, carry):
+            start = first + n * PACKED_GROUP
+            rows, slopes, backs = addressed(start + W - 1, PACKED_GROUP)
+            unlimited = functools.partial(some, rows, slopes, [None] * PACKED_GROUP)
+            limited = functools.partial(some, rows, slopes, backs)
+            inside = functools.reduce(jnp.minimum, backs) >= W - 1  # of one document
+            results, carry = lax.cond(inside, unlimited, limited, carry)
+            for u, result in enumerate(results):
+                dx.at[b, locate(start + u), channels][...] = result
+            return carry
 
         def group(n, carry):
-            return some(first + n * GROUP, GROUP, *carry)
+            (rows, slopes), put = ring.take(n, load)
+            results, carry = some(rows, slopes, [None] * GROUP, carry)
+            done = pl.ds(first + n * GROUP, GROUP)
+            put(results, lambda tile: plgpu.copy_smem_to_gmem(tile, dx.at[b, done, channels]))
+            return carry
 
+        # The last W - 1 tokens are those after the block: their sums are this block's, and their tile is zero behind T.
+        at = lambda n: pl.ds(first + W - 1 + n * GROUP, GROUP)
+        if not packed:
+            inputs = lambda n, fetch: fetch(x.at[b, at(n), channels])
+            slopes = lambda n, fetch: part(lambda dy, channels: fetch(dy.at[b, at(n), channels]))
+            ring = _Ring(*scratch, groups, [inputs, slopes])
         window = [before(d) for d in range(1, W)]
         zeros = [jnp.zeros_like(window[0])] * W
-        carry = some(first, GROUP, window, zeros[1:], zeros, skipped=W - 1)
-        window, pending, sums = lax.fori_loop(1, lax.div(end - first, GROUP), group, carry)
-        some(end, W - 1, window, pending, None)
-        for d in range(W):
-            d_taps.at[b, lax.axis_index("block"), W - 1 - d, channels][...] = LOG2E * sums[d]
+        _, (window, pending, sums) = some(*addressed(first, W - 1), (window, zeros[1:], zeros))
+        sums = [_where(first == 0, total) for total in sums]
+        carry = lax.fori_loop(0, groups, packed_group if packed else group, (window, pending, sums))
+        for d, total in enumerate(carry[-1]):
+            d_taps.at[b, lax.axis_index("block"), W - 1 - d, channels][...] = LOG2E * total
+        if not packed:
+            plgpu.wait_smem_to_gmem(0)
 
     sums = jax.ShapeDtypeStruct((B, pl.cdiv(T, GRADIENT_TOKENS), W, D), f32)
-    launch = _launch(short_conv_backward, [x, sums], x.shape, vector, GRADIENT_TOKENS)
+    scratch = [] if packed else _ring_memory(2, vector, x.dtype)
+    launch = _launch(short_conv_backward, [x, sums], x.shape, vector, GRADIENT_TOKENS, scratch)
     dx, d_taps = launch(x, taps, *dys, *([order, reach] if packed else []))
     return dx, jnp.sum(d_taps, axis=1)
+
+
+class _Ring:
+    """Tiles of GROUP tokens in shared memory, fetched ahead of their turn; results go out from where inputs stood."""
+
+    def __init__(self, tiles, loaded, groups, sources: Sequence[Callable]):
+        """`sources`: of each array, what calls a function with the tile of a group, which is then fetched."""
+        self.tiles, self.loaded, self.groups, self.sources = tiles, loaded, groups, sources
+        for n in range(TILES):
+            pl.when(n < groups)(functools.partial(self._fetch, n))
+
+    def _fetch(self, n):
+        slot = lax.rem(n, TILES)
+        for i, source in enumerate(self.sources):
+            source(n, lambda tile, i=i: plgpu.copy_gmem_to_smem(tile, self.tiles.at[i, slot], self.loaded.at[slot]))
+
+    def take(self, n, load: Callable):
+        """(tokens of group n in each array, what takes their results and a function that copies their tile out)."""
+        slot = lax.rem(n, TILES)
+        plgpu.barrier_wait(self.loaded.at[slot])
+        tokens = [[load(self.tiles.at[i, slot, u]) for u in range(GROUP)] for i in range(len(self.sources))]
+
+        def put(results, copy):
+            for u, result in enumerate(results):
+                self.tiles.at[0, slot, u][...] = result
+            plgpu.commit_smem()
+            copy(self.tiles.at[0, slot])
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # so that the tile before is free
+            pl.when((n > 0) & (n - 1 + TILES < self.groups))(lambda: self._fetch(n - 1 + TILES))
+
+        return tokens, put
+
+
+def _ring_memory(arrays: int, vector: int, dtype) -> list:
+    tiles = plgpu.SMEM((arrays, TILES, GROUP, THREADS * vector), dtype)
+    return [tiles, plgpu.Barrier(num_arrivals=arrays, num_barriers=TILES)]
+
+
+def _split(refs, *numbers: int) -> list:
+    """So many refs each, and then the rest."""
+    ends = [0, *itertools.accumulate(numbers), len(refs)]
+    return [refs[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 def _widest(vectors: tuple[int, ...], widths: tuple[int, ...]) -> int:
@@ -286,16 +372,17 @@ def _in_part(refs, widths: tuple[int, ...], vector: int, use: Callable):
     return lax.switch(sum((begin >= end).astype(i32) for end in ends[:-1]), uses) if len(uses) > 1 else uses[0]()
 
 
-def _launch(kernel, out_type, shape: tuple[int, int, int], vector: int, tokens: int):
+def _launch(kernel, out_type, shape: tuple[int, int, int], vector: int, tokens: int, scratch: list):
     B, T, D = shape
     return plgpu.kernel(
         kernel,
         out_type=out_type,
         grid=(B, pl.cdiv(T, tokens), D // (THREADS * vector)),
         grid_names=("row", "block", "channels"),
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            unsafe_no_auto_barriers=True,  # threads share nothing
+            unsafe_no_auto_barriers=True,  # no thread reads what another writes
             reduction_scratch_bytes=0,
         ),
     )
