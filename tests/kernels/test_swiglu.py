@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles_mosaic_gpu
-from pallas_kernels.grouped_matmul.tiles import TileConfig
+from pallas_kernels.grouped_matmul.tiles import TileConfig, plan_tiles
 from pallas_kernels.swiglu import mosaic_gpu, swiglu_product, swiglu_product_gradient
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -80,6 +80,15 @@ def test_wrong_arguments_are_named():
 def test_the_kernels_say_what_they_do_not_serve(x, w, why):
     got = mosaic_gpu.unserved(jnp.zeros(x, jnp.bfloat16), jnp.zeros(w, jnp.bfloat16))
     assert got == why if why is None else why in got
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 128), (1, 2, 500), (3, 2, 76)], ids=str)
+def test_tiles_are_those_of_a_group_per_model(shape):
+    models, rows = shape[0], shape[1] * shape[2]
+    got = mosaic_gpu._plan(np.zeros((*shape, 1)))
+    tiles, used = plan_tiles(np.full(models, rows), models * rows)
+    np.testing.assert_array_equal(got[1], used)
+    np.testing.assert_array_equal(got[0], tiles[: int(used[0])])
 
 
 @pytest.fixture
