@@ -73,7 +73,8 @@ def test_sums_over_parts_of_experts_are_of_tokens_not_of_slots():
         text = step.lower(params, X).compile().as_text()
     sent = {found.axes: found.sent_bytes for found in read_collectives(text, dict(mesh.shape))}
     tokens = B * T // 4
-    assert sent["tensor",] == 4 * tokens * (3 * D + 2), "results, their gradients, those of tokens and of weights"
+    routed, shared = 3 * D + 2, 2 * D  # results, their gradients, those of tokens and of weights; results, gradients
+    assert sent["tensor",] == 4 * tokens * (routed + shared)
 
 
 @pytest.mark.multi_device
