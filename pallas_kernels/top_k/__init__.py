@@ -1,4 +1,4 @@
-"""The places of the largest values of short rows."""
+"""The largest values of short rows and their places."""
 
 from pallas_kernels.top_k.api import top_k
 

@@ -1,4 +1,4 @@
-"""The places of the largest values as JAX has them: by sorting."""
+"""The largest values and their places as JAX has them: by sorting."""
 
 import jax
 import jax.numpy as jnp

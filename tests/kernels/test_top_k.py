@@ -1,4 +1,4 @@
-"""Places of the largest values: the Hopper kernel lowered and interpreted on a CPU, run on a GPU, against a sort."""
+"""The largest values and their places: the Hopper kernel, lowered and interpreted on a CPU, run on a GPU, is a sort."""
 
 import functools
 
@@ -34,18 +34,16 @@ def _sorted_places(values, bias, k):
 
 
 def test_the_kernel_lowers_for_cuda():
-    call = jax.jit(functools.partial(mosaic_gpu.top_k, k=8))
-    assert (
-        call.trace(_values(16, 256, 1), _bias(256)).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu")
-        == 1
-    )
+    traced = jax.jit(functools.partial(mosaic_gpu.top_k, k=8)).trace(_values(16, 256, 1), _bias(256))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
 
 
 def test_the_interpreted_kernel_equals_a_sort(monkeypatch):
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
     values = _values(16, 64, 1, odd=0.3)
-    for bias in (_bias(64, 0.0), _bias(64)):
-        places, chosen = jax.jit(functools.partial(mosaic_gpu.top_k, k=8))(values, bias)
+    biases = jnp.stack([_bias(64, 0.0), _bias(64)])  # of two models, in one launch
+    of_models = jax.jit(jax.vmap(functools.partial(mosaic_gpu.top_k, k=8), in_axes=(None, 0)))(values, biases)
+    for bias, places, chosen in zip(biases, *of_models, strict=True):
         np.testing.assert_array_equal(places, _sorted_places(values, bias, 8))
         np.testing.assert_array_equal(chosen, np.take_along_axis(np.asarray(values), np.asarray(places), -1))
         jax.tree.map(np.testing.assert_array_equal, (places, chosen), reference.top_k(values, bias, k=8))
