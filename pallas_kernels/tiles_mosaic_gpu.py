@@ -213,8 +213,8 @@ def launch(kernel, out_type, scratch_types, *, auto_barriers: bool = True):
     """The kernel as a function of arrays.
 
     Args:
-      auto_barriers: around everything that a warpgroup writes to shared memory. Not needed where no other thread sees
-        it before `commit_smem`, nor what was there before after `wait_smem_to_gmem`.
+      auto_barriers: around everything that a warpgroup writes to shared memory. Not needed where others read it only
+        behind `commit_smem`, and it is written only behind a wait of the warpgroup for those that read it before.
     """
     return plgpu.kernel(
         kernel,

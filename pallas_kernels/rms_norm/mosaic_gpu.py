@@ -83,7 +83,7 @@ def _run(eps: float, weight: Float[Array, "M D"], x: Float[Array, "M R D"], dy, 
             slot = lax.rem(n, STAGES)
             plgpu.barrier_wait(full.at[slot])
             wide, d, beside = (plgpu.load(ring.at[slot], layout=tile, optimized=False) for _, ring in rings)
-            pl.when(n + STAGES < mine)(lambda: copy(n + STAGES))
+            pl.when(n + STAGES < mine)(lambda: copy(n + STAGES))  # has a barrier: by then all warps have read the slot
             wide, d = wide.astype(f32), d.astype(f32)
             root = lax.rsqrt(jnp.sum(wide * wide, 1) * (1 / D) + eps)
             inner = jnp.sum(wide * d * gain, 1) * (root * root * (1 / D))
