@@ -65,9 +65,9 @@ def mix(
 ) -> Float[Array, "M D"]:
     """Returns sum_k weight_k E_k(x), summed in float32; expert number E is none. All experts are on this device."""
     row_Mk, group_sizes_E = place_rows(expert_Mk, matrices.gate.shape[0])
-    scale_M, x_MD = spread_numbers(weight_Mk, row_Mk), spread_rows(x_MD, row_Mk, implementation)
-    rows = run_sorted(matrices, x_MD, scale_M, group_sizes_E, implementation)
-    return sum_rows(rows, row_Mk, implementation)
+    scale_R, x_RD = spread_numbers(weight_Mk, row_Mk), spread_rows(x_MD, row_Mk, implementation)
+    y_RD = run_sorted(matrices, x_RD, scale_R, group_sizes_E, implementation)
+    return sum_rows(y_RD, row_Mk, implementation)
 
 
 def run_here(

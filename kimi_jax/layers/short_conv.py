@@ -48,7 +48,7 @@ class ShortConvolution(nnx.Module):
         caches: Sequence[Float[Array, "B W-1 _"] | None],
         segment_ids_BT: Int[Array, "B T"] | None,
     ) -> tuple[Sequence[Float[Array, "B T _"]], Sequence[Float[Array, "B W-1 _"]]]:
-        """Runs several on x that their inputs are joined to, beside each other; returns the results of each."""
+        """Runs several at once; x has their inputs beside each other. Returns the results and the caches of each."""
         weight = jnp.concatenate([conv._taps(x_BTD.dtype) for conv in convs])
         widths = tuple(conv.channels for conv in convs)
         cache = None if caches[0] is None else jnp.concatenate(caches, axis=-1)
