@@ -13,7 +13,7 @@ def remake(value: Array, make: Callable[..., Array], *sources: Array) -> Array:
     """Returns the value.
 
     A kernel that gives a value and its sources at once would run again where `jax.checkpoint` keeps the sources alone,
-    as by their names: there it is make(*sources), which must be equal to the value and cheap.
+    as by their names: there it is make(*sources), which must be cheap, and may differ by how the sources are rounded.
     """
     return _remake.bind(value, *sources, make=make)
 
