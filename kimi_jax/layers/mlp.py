@@ -9,7 +9,6 @@ from jaxtyping import Array, Bool, Float
 from kimi_jax.config.model import DenseFfn
 from kimi_jax.layers.linear import each_apart, is_longer, project, weight_gradient
 from kimi_jax.layers.param import normal, param
-from pallas_kernels.remat import remake
 from pallas_kernels.swiglu.api import swiglu, swiglu_product, swiglu_product_gradient
 
 
@@ -36,15 +35,14 @@ def run_block(
 ) -> Float[Array, "B T D"]:
     """down(silu(gate x) * up x) in the dtype of x; gradients of the matrices are summed in float32, as by `project`.
 
-    Rematerialisation knows both products as "products"; SwiGLU of them is made again where it keeps these alone.
+    Rematerialisation knows both products and SwiGLU of them as "products".
     """
     return _forward(x, gate, up, down)[0]
 
 
 def _forward(x, gate, up, down):
     hidden, both = swiglu_product(x, gate.astype(x.dtype), up.astype(x.dtype))
-    both = checkpoint_name(both, "products")
-    hidden = remake(hidden, swiglu, both)
+    hidden, both = (checkpoint_name(z, "products") for z in (hidden, both))
     return jnp.einsum("BTF,FD->BTD", hidden, down.astype(x.dtype)), (x, gate, up, down, hidden, both)
 
 

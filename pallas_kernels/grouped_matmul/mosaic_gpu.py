@@ -14,7 +14,6 @@ from pallas_kernels.grouped_matmul.product_mosaic_gpu import multiply_rows
 from pallas_kernels.grouped_matmul.swiglu_mosaic_gpu import swiglu_gradients, swiglu_rows
 from pallas_kernels.grouped_matmul.tiles import ALIGNMENT, TileConfig, plan_tiles
 from pallas_kernels.hopper import refuse_device
-from pallas_kernels.remat import remake
 from pallas_kernels.tiles_mosaic_gpu import ROWS
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -109,21 +108,15 @@ def grouped_swiglu(
 def _swiglu_forward(x, gate, up, down, scale, group_sizes, clear):
     matrices = (_widen(w, x.dtype) for w in (gate, up, down))
     run = _of_models(functools.partial(_swiglu, clear))
-    y, hidden, gated, raised = run(group_sizes, _pad(x), *matrices, _pad(scale))
-    gated, raised = (checkpoint_name(z, "operators") for z in (gated, raised))  # kept or recomputed by that name
-    hidden = remake(hidden, _hidden, _pad(scale), gated, raised)
-    return y[: x.shape[0], : x.shape[1]], (x, gate, up, down, scale, group_sizes, gated, raised, hidden)
-
-
-def _hidden(scale, gated, raised):
-    """As the kernel's, but of rounded products."""
-    return (scale[:, None] * jax.nn.silu(gated.astype(jnp.float32)) * raised).astype(gated.dtype)
+    y, *made = run(group_sizes, _pad(x), *matrices, _pad(scale))
+    made = (checkpoint_name(z, "operators") for z in made)  # kept or recomputed by that name
+    return y[: x.shape[0], : x.shape[1]], (x, gate, up, down, scale, group_sizes, *made)
 
 
 def _swiglu(clear, group_sizes, x, gate, up, down, scale):
     plan = plan_tiles(group_sizes, x.shape[0], clear)
     hidden, gated, raised = swiglu_rows(plan, x, gate, up, scale, config=CONFIG)
-    return multiply_rows(plan, [(hidden, down)], transposed=False, config=CONFIG), hidden, gated, raised
+    return multiply_rows(plan, [(hidden, down)], transposed=False, config=CONFIG), gated, raised, hidden
 
 
 def _swiglu_backward(clear, saved, dy):

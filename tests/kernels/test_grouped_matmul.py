@@ -235,6 +235,15 @@ def test_every_configuration_lowers_for_cuda(config):
     assert text.count("mosaic_gpu_v2") == 7  # two products forward, two back, three gradients of matrices
 
 
+@pytest.mark.parametrize(("names", "number"), [((), 0), (("operators",), 3)], ids=["nothing", "operators"])
+def test_rematerialisation_keeps_what_the_first_kernel_made_by_name(names, number):
+    *arguments, _ = shapes("swiglu", 4, "bfloat16", "bfloat16", rows=512, inner=128, outer=192)
+    policy, sizes = jax.checkpoint_policies.save_only_these_names(*names), jnp.full(4, 128, jnp.int32)
+    run = jax.checkpoint(lambda *x: mosaic_gpu.grouped_swiglu(*x, sizes), policy=policy)
+    kept = jax.eval_shape(lambda *x: jax.tree.leaves(jax.vjp(run, *x)[1]), *arguments)
+    assert [x.shape for x in kept].count((512, 192)) == number  # gate and up of the rows, and SwiGLU of them
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("bfloat16",) * 2, ("float16",) * 2], ids="-".join)
 @pytest.mark.parametrize("op", OPERATORS)

@@ -41,7 +41,7 @@ def test_rematerialisation_keeps_both_products_and_the_result():
     arrays, dy = _inputs("float32", "float32")
     policy = jax.checkpoint_policies.save_only_these_names("products")
     kept = jax.vjp(jax.checkpoint(run_block, policy=policy), *arrays)[1]
-    assert sorted(a.shape for a in jax.tree.leaves(kept) if a.ndim > 2) == [(2, 64, 2, 48), (2, 64, 32)]
+    assert sorted(a.shape for a in jax.tree.leaves(kept) if a.ndim > 2) == [(2, 64, 2, 48), (2, 64, 32), (2, 64, 48)]
     run = lambda f: jax.jit(lambda *a: _pull(f, a, dy))(*arrays)
     for a, b in zip(run(jax.checkpoint(run_block, policy=policy)), run(run_block), strict=True):
         np.testing.assert_array_equal(a, b)
