@@ -36,7 +36,7 @@ class NamedRemat(Config):
     kind: Literal["named"] = "named"
     keep: tuple[Literal["products", "operators"], ...] = ("products", "operators")
     """products: results of products with weights; operators: what attention, recurrence and experts keep for their
-    backward pass. Norms, convolutions and activations are always recomputed."""
+    backward pass. Norms, convolutions and activations but SwiGLU's are always recomputed."""
     on: Literal["device", "host"] = "device"
     """Where it is kept; host memory is as large as you like, at a transfer each way per step."""
 
