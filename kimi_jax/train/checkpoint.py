@@ -237,8 +237,12 @@ def _as_user_error(message: Callable[[Exception], str], *kinds: type[Exception])
 
 
 def _is_not_orbaxs(record: logging.LogRecord) -> bool:
-    """Drops what orbax says: a warning for every reader, and stacks of errors that `UserError` tells in a line."""
-    return "orbax" not in f"{record.pathname} {record.getMessage()}"
+    """Drops what orbax says: a warning for every reader, and stacks of errors that `UserError` tells in a line.
+
+    Of reads under way when another one fails asyncio says only what tensorstore said.
+    """
+    text = f"{record.pathname} {record.getMessage()}"
+    return not any(name in text for name in ("orbax", "tensorstore"))
 
 
 def _first_line(error: Exception) -> str:

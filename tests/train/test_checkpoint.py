@@ -1,5 +1,7 @@
 """Checkpoints: exact round trips while the state is donated, and one clear line for each way to be wrong."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +138,15 @@ def test_damage_is_reported_with_the_way_out(tmp_path, damage, caplog):
             store.restore(2, jax.eval_shape(_state))
         store.restore(1, jax.eval_shape(_state))
     assert not caplog.records, "orbax says it again, in its own words"
+
+
+def test_what_asyncio_says_of_other_failed_reads_is_dropped_and_nothing_else(tmp_path, caplog):
+    with CheckpointStore(_save(tmp_path / "checkpoints", 1)):
+        # As it does, or does not, when the garbage collector comes to a read that nobody waited for.
+        unseen = "Task exception was never retrieved: ValueError('DATA_LOSS: ... [tensorstore_spec=...]')"
+        logging.getLogger("asyncio").error(unseen)
+        logging.getLogger("asyncio").error("another task failed")
+    assert [record.message for record in caplog.records] == ["another task failed"]
 
 
 def test_a_file_in_place_of_the_folder_is_found_at_the_start(tmp_path):
